@@ -1,0 +1,246 @@
+package uring
+
+import (
+	"fmt"
+	"sync"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// The two buffer sizes of an arena, in bytes. Buffers start on a multiple of
+// their size, so they are page aligned and fit any direct I/O.
+const (
+	SmallBuf = 16 << 10
+	LargeBuf = 256 << 10
+)
+
+const hugePage = 2 << 20
+
+// Arena is one mapping off the Go heap, carved into small and large buffers.
+// Memory is touched only as buffers come into use, lowest addresses first.
+// All methods may be called from any goroutine.
+type Arena struct {
+	mapping []byte // as mapped
+	mem     []byte // the part of mapping that starts on a huge page
+	huge    bool
+	large   class
+	small   class
+}
+
+// class is the buffers of one size: a stack of free ones and, while there are
+// none, a queue of goroutines waiting for one.
+type class struct {
+	mem  []byte // the class's part of the arena
+	size int
+
+	mu      sync.Mutex
+	free    []uint32  // stack of indices
+	uses    []uint32  // per buffer, odd while it is out: tells a Buf put twice
+	waiting []*waiter // FIFO, from head
+	head    int
+	idle    []*waiter // waiters to reuse
+	waits   uint64
+}
+
+type waiter struct{ got chan uint32 }
+
+// Buf is a piece of memory: from an Arena, which gets it back by Put, or
+// somebody else's (View, and the zero Buf), for which Put does nothing. It is
+// a value; of all its copies exactly one is Put.
+type Buf struct {
+	Data []byte
+
+	class *class
+	index uint32
+	use   uint32
+}
+
+// View returns a Buf that owns nothing: Put leaves b alone.
+func View(b []byte) Buf { return Buf{Data: b} }
+
+// NewArena maps size bytes, rounded up to 2 MiB: about one eighth for small
+// buffers, the rest for large ones. It takes huge pages (MAP_HUGETLB) when the
+// system has set enough aside, and normal pages otherwise, advising
+// transparent huge pages.
+func NewArena(size int) (*Arena, error) {
+	if size <= 0 {
+		return nil, fmt.Errorf("uring: arena of %d bytes: the size must be positive", size)
+	}
+	size = roundUp(size, hugePage)
+	const prot, flags = unix.PROT_READ | unix.PROT_WRITE, unix.MAP_PRIVATE | unix.MAP_ANONYMOUS
+	a := &Arena{huge: true}
+	var err error
+	if a.mapping, err = unix.Mmap(-1, 0, size, prot, flags|unix.MAP_HUGETLB); err != nil {
+		a.huge = false
+		a.mapping, err = unix.Mmap(-1, 0, size+hugePage, prot, flags|unix.MAP_NORESERVE)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("uring: cannot map an arena of %d MiB (%w): choose a smaller one", size>>20, err)
+	}
+	skip := -int(address(a.mapping)) & (hugePage - 1)
+	a.mem = a.mapping[skip : skip+size : skip+size]
+	if !a.huge {
+		_ = unix.Madvise(a.mem, unix.MADV_HUGEPAGE)
+	}
+	_ = unix.Madvise(a.mem, unix.MADV_DONTDUMP) // payload has no place in a core file
+
+	cut := size - roundUp(size/8, LargeBuf)
+	a.large.init(a.mem[:cut], LargeBuf)
+	a.small.init(a.mem[cut:], SmallBuf)
+	return a, nil
+}
+
+func (c *class) init(mem []byte, size int) {
+	n := len(mem) / size
+	c.mem, c.size = mem, size
+	c.uses = make([]uint32, n)
+	c.free = make([]uint32, n)
+	for i := range c.free {
+		c.free[i] = uint32(n - 1 - i)
+	}
+}
+
+func (a *Arena) class(n int) *class {
+	switch {
+	case n < 0 || n > LargeBuf:
+		panic(fmt.Sprintf("uring: no arena buffer has %d bytes", n))
+	case n <= SmallBuf:
+		return &a.small
+	default:
+		return &a.large
+	}
+}
+
+// Get returns a buffer of n bytes, 0 to LargeBuf (others panic), with whatever
+// its last user left in it. It waits while all of its class are out; waiters
+// are served in the order they came. The caller Puts it.
+func (a *Arena) Get(n int) Buf {
+	c := a.class(n)
+	c.mu.Lock()
+	if len(c.free) > 0 {
+		b := c.take(n)
+		c.mu.Unlock()
+		return b
+	}
+	c.waits++
+	var w *waiter
+	if last := len(c.idle) - 1; last >= 0 {
+		w, c.idle = c.idle[last], c.idle[:last]
+	} else {
+		w = &waiter{make(chan uint32, 1)}
+	}
+	if c.head > 0 && len(c.waiting) == cap(c.waiting) { // slide rather than grow
+		c.waiting = c.waiting[:copy(c.waiting, c.waiting[c.head:])]
+		c.head = 0
+	}
+	c.waiting = append(c.waiting, w)
+	c.mu.Unlock()
+
+	i := <-w.got
+	c.mu.Lock()
+	c.idle = append(c.idle, w)
+	b := c.buf(i, n)
+	c.mu.Unlock()
+	return b
+}
+
+// TryGet is Get for callers that cannot wait: false means none was free.
+func (a *Arena) TryGet(n int) (Buf, bool) {
+	c := a.class(n)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.free) == 0 {
+		return Buf{}, false
+	}
+	return c.take(n), true
+}
+
+func (c *class) take(n int) Buf {
+	last := len(c.free) - 1
+	i := c.free[last]
+	c.free = c.free[:last]
+	c.uses[i]++
+	return c.buf(i, n)
+}
+
+func (c *class) buf(i uint32, n int) Buf {
+	off := int(i) * c.size
+	return Buf{Data: c.mem[off : off+n : off+c.size], class: c, index: i, use: c.uses[i]}
+}
+
+// Put gives the buffer back to its arena. A second Put of the same buffer
+// panics.
+func (b Buf) Put() {
+	c := b.class
+	if c == nil {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.uses[b.index] != b.use {
+		panic("uring: Buf put twice")
+	}
+	c.uses[b.index]++
+	if c.head == len(c.waiting) {
+		c.free = append(c.free, b.index)
+		return
+	}
+	w := c.waiting[c.head]
+	c.waiting[c.head] = nil
+	if c.head++; c.head == len(c.waiting) {
+		c.waiting, c.head = c.waiting[:0], 0
+	}
+	c.uses[b.index]++ // straight to the next holder: nobody overtakes the queue
+	w.got <- b.index
+}
+
+// ArenaStats describes an arena.
+type ArenaStats struct {
+	Size         int64 // bytes
+	HugePages    bool  // MAP_HUGETLB was granted
+	Small, Large ClassStats
+}
+
+// ClassStats counts the buffers of one size.
+type ClassStats struct {
+	Free, Used int    // buffers
+	Waits      uint64 // Gets that had to wait, since the arena was made
+}
+
+// Stats returns the arena's present state.
+func (a *Arena) Stats() ArenaStats {
+	return ArenaStats{Size: int64(len(a.mem)), HugePages: a.huge, Small: a.small.stats(), Large: a.large.stats()}
+}
+
+func (c *class) stats() ClassStats {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return ClassStats{Free: len(c.free), Used: len(c.uses) - len(c.free), Waits: c.waits}
+}
+
+// Close unmaps the arena. Devices that registered it are closed before, and
+// every buffer is back: else it fails and the arena stays.
+func (a *Arena) Close() error {
+	if s := a.Stats(); s.Small.Used+s.Large.Used > 0 {
+		return fmt.Errorf("uring: arena closed with %d buffers still out", s.Small.Used+s.Large.Used)
+	}
+	m := a.mapping
+	a.mapping, a.mem = nil, nil
+	a.small.free, a.large.free = nil, nil
+	if m == nil {
+		return nil
+	}
+	return unix.Munmap(m)
+}
+
+// offset returns where in the arena b starts, if it lies there.
+func (a *Arena) offset(b []byte) (int, bool) {
+	off := int(address(b) - address(a.mem)) // huge, or negative, outside
+	return off, off >= 0 && off <= len(a.mem)-len(b)
+}
+
+func address(b []byte) uintptr { return uintptr(unsafe.Pointer(unsafe.SliceData(b))) }
+
+// roundUp rounds n up to a multiple of unit, a power of two.
+func roundUp[T int | int64](n, unit T) T { return (n + unit - 1) &^ (unit - 1) }

@@ -1,0 +1,197 @@
+package uring
+
+import (
+	"errors"
+	"fmt"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Errors to test for with errors.Is. The error found carries a line for a
+// person, and most wrap the kernel's errno as well.
+var (
+	ErrMedia       = errors.New("media error")               // EIO and its kin: the drive lost or could not take the data
+	ErrNoSpace     = errors.New("no space")                  // ENOSPC, EDQUOT, EFBIG
+	ErrInUse       = errors.New("in use")                    // another server, or the system, has the device
+	ErrClosed      = errors.New("device is closed")          // submitted after Close
+	ErrInvalid     = errors.New("invalid request")           // outside the device, or misaligned: the caller's fault
+	ErrUnavailable = errors.New("io_uring is not available") // see Features.Reason
+)
+
+// OpKind says what an Op does.
+type OpKind uint8
+
+const (
+	OpRead    OpKind = iota // device to Data
+	OpWrite                 // Data to device; durable after a later OpFlush
+	OpFlush                 // makes durable every write that completed before it was submitted
+	OpDiscard               // gives Len bytes at Off back to the drive: they read as zeroes or as before
+	OpZero                  // makes Len bytes at Off read as zeroes
+)
+
+func (k OpKind) String() string {
+	return [...]string{"read", "write", "flush", "discard", "zero"}[min(k, OpZero)]
+}
+
+// Op is one operation on a device. The zero value is ready; it is meant to
+// live long and be reused, and must not be copied after its first use. From
+// Submit until Wait has returned, the Op and its Data belong to the device.
+type Op struct {
+	Kind OpKind
+	Off  int64  // byte offset on the device
+	Len  int64  // bytes, for Discard and Zero
+	Data []byte // for Read and Write; arena memory, or any other that does not move (not a goroutine's stack)
+
+	done   chan struct{}
+	err    error
+	next   *Op    // in the device's queue
+	self   [1]*Op // lets Start pass a slice without allocating one
+	pos    int64  // bytes already done
+	retry  uint8
+	manual bool // a Zero done by writing zeroes
+	busy   bool
+}
+
+// Start submits o alone. Unlike d.Submit(o), whose argument list escapes to the
+// heap, it allocates nothing.
+func (o *Op) Start(d Device) {
+	o.self[0] = o
+	d.Submit(o.self[:]...)
+}
+
+// Do is Start and Wait.
+func (o *Op) Do(d Device) error {
+	o.Start(d)
+	return o.Wait()
+}
+
+// Wait returns o's result once it has completed: exactly once per Submit. A
+// nil error means the whole of Data or Len. Errors wrap ErrMedia, ErrNoSpace,
+// ErrInvalid or ErrClosed, and the errno where the kernel gave one.
+func (o *Op) Wait() error {
+	<-o.done
+	o.busy = false
+	return o.err
+}
+
+// Begin prepares o for a Device that was handed it. Only implementations of
+// Device call it, first thing in Submit.
+func (o *Op) Begin() {
+	if o.busy {
+		panic("uring: Op submitted again before Wait")
+	}
+	if o.done == nil {
+		o.done = make(chan struct{}, 1)
+	}
+	o.busy, o.err, o.next, o.pos, o.retry, o.manual = true, nil, nil, 0, 0, false
+}
+
+// Complete ends o with err. Only implementations of Device call it, once after
+// each Begin; o may be reused by its owner from then on.
+func (o *Op) Complete(err error) {
+	o.err = err
+	o.done <- struct{}{}
+}
+
+// size is how many bytes o spans on the device.
+func (o *Op) size() int64 {
+	switch o.Kind {
+	case OpRead, OpWrite:
+		return int64(len(o.Data))
+	case OpDiscard, OpZero:
+		return o.Len
+	default:
+		return 0
+	}
+}
+
+// check refuses what lies outside the device or off its alignment.
+func (o *Op) check(size, align int64) error {
+	n := o.size()
+	switch {
+	case o.Kind > OpZero:
+		return fmt.Errorf("uring: %w: no operation %d", ErrInvalid, o.Kind)
+	case o.Off < 0 || n < 0 || o.Off > size || n > size-o.Off:
+		return fmt.Errorf("uring: %w: %v of %d bytes at %d on a device of %d", ErrInvalid, o.Kind, n, o.Off, size)
+	case o.Kind != OpFlush && (int64(address(o.Data))|n|o.Off)&(align-1) != 0:
+		return fmt.Errorf("uring: %w: %v of %d bytes at %d is not aligned to %d, or its memory is not", ErrInvalid, o.Kind, n, o.Off, align)
+	}
+	return nil
+}
+
+// Device is storage addressed by bytes. All methods may be called from any
+// goroutine. Ops in flight together complete in any order: ordering is the
+// caller's, by waiting.
+type Device interface {
+	// Submit starts ops and does not wait for them; each is then Waited for.
+	// Ops of one call go to the kernel together. The slice itself is not kept.
+	// On a memory device ops have completed when it returns.
+	Submit(ops ...*Op)
+	// View returns n bytes at off of a memory device, to read and write in
+	// place, valid until Close. It is nil on others, or outside the device.
+	View(off, n int64) []byte
+	// Size is the capacity in bytes, a multiple of BlockSize.
+	Size() int64
+	// BlockSize is the alignment in bytes, a power of two, that Off, lengths
+	// and the address of Data must have: 512 or 4096, and 1 for memory.
+	BlockSize() int
+	// Info describes the device to a person.
+	Info() DeviceInfo
+	// Close waits for ops in flight and frees the device. Ops submitted later
+	// complete with ErrClosed.
+	Close() error
+}
+
+// DeviceInfo describes a device to a person.
+type DeviceInfo struct {
+	Kind       string   `json:"kind"` // "file", "block" or "memory"
+	Path       string   `json:"path,omitempty"`
+	Size       int64    `json:"size"`               // bytes
+	BlockSize  int      `json:"block_size"`         // bytes
+	Direct     bool     `json:"direct"`             // O_DIRECT: past the page cache
+	Registered int64    `json:"registered"`         // bytes of the arena registered with the ring so far
+	Depth      int      `json:"depth"`              // ops the ring holds at once; more wait in line
+	Features   []string `json:"features,omitempty"` // of the ring
+	Warnings   []string `json:"warnings,omitempty"` // each one line, saying what to do
+}
+
+// opError is an Op's failure in the kernel.
+type opError struct {
+	kind  OpKind
+	path  string
+	off   int64
+	errno syscall.Errno
+	class error // or nil
+}
+
+func newOpError(o *Op, path string, errno syscall.Errno) error {
+	e := &opError{kind: o.Kind, path: path, off: o.Off + o.pos, errno: errno}
+	switch errno {
+	case unix.EIO, unix.ENODATA, unix.EILSEQ, unix.EREMOTEIO, unix.ENXIO, unix.ENODEV, unix.ETIMEDOUT, unix.ENOLINK, unix.EBADE, unix.EUCLEAN:
+		e.class = ErrMedia
+	case unix.ENOSPC, unix.EDQUOT, unix.EFBIG:
+		e.class = ErrNoSpace
+	case unix.EINVAL, unix.EFAULT:
+		e.class = ErrInvalid
+	}
+	return e
+}
+
+func (e *opError) Error() string {
+	s := fmt.Sprintf("uring: %v at byte %d of %s: %v", e.kind, e.off, e.path, e.errno)
+	switch e.class {
+	case ErrMedia:
+		s = "media error: " + s + "; check the drive (dmesg, smartctl)"
+	case ErrNoSpace:
+		s += "; free space on its file system"
+	}
+	return s
+}
+
+func (e *opError) Unwrap() []error {
+	if e.class == nil {
+		return []error{e.errno}
+	}
+	return []error{e.errno, e.class}
+}

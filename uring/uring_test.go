@@ -1,0 +1,119 @@
+package uring
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"go.uber.org/goleak"
+	"pgregory.net/rapid"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+const testSize = 8 << 20
+
+func newArena(t testing.TB, size int) *Arena {
+	t.Helper()
+	a, err := NewArena(size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := a.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return a
+}
+
+// devices calls f with each kind of device there is on this machine.
+func devices(t *testing.T, f func(t *testing.T, d Device, a *Arena)) {
+	open := map[string]func(t *testing.T, a *Arena) (Device, error){
+		"memory": func(t *testing.T, a *Arena) (Device, error) { return NewMemory(testSize) },
+		"direct": func(t *testing.T, a *Arena) (Device, error) {
+			return OpenFile(filepath.Join(t.TempDir(), "new", "store"), FileOptions{Size: testSize, Arena: a})
+		},
+		"buffered": func(t *testing.T, a *Arena) (Device, error) {
+			dir, err := os.MkdirTemp("/dev/shm", "uring")
+			if err != nil {
+				t.Skip(err)
+			}
+			t.Cleanup(func() { os.RemoveAll(dir) })
+			return OpenFile(filepath.Join(dir, "store"), FileOptions{Size: testSize})
+		},
+		"block": func(t *testing.T, a *Arena) (Device, error) {
+			return OpenFile(loopDevice(t, testSize), FileOptions{Arena: a})
+		},
+	}
+	for name, open := range open {
+		t.Run(name, func(t *testing.T) {
+			a := newArena(t, 4<<20)
+			d, err := open(t, a)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() {
+				if err := d.Close(); err != nil {
+					t.Error(err)
+				}
+			})
+			f(t, d, a)
+		})
+	}
+}
+
+// TestModel does random ops and compares with a byte slice that gets the same.
+func TestModel(t *testing.T) {
+	devices(t, func(t *testing.T, d Device, a *Arena) {
+		model := make([]byte, testSize)
+		unit := max(512, int64(d.BlockSize()))
+		ops := make([]Op, 8)
+		rapid.Check(t, func(t *rapid.T) {
+			var batch []*Op
+			var want [][]byte
+			// Each op of a batch keeps to its own part, as order within one is open.
+			const part = testSize / 8
+			for i := range ops {
+				o := &ops[i]
+				o.Kind = rapid.SampledFrom([]OpKind{OpRead, OpRead, OpWrite, OpWrite, OpFlush, OpDiscard, OpZero}).Draw(t, "kind")
+				o.Off = int64(i)*part + unit*rapid.Int64Range(0, part/unit-1).Draw(t, "off")
+				room := min(LargeBuf, int64(i+1)*part-o.Off)
+				o.Len = unit * rapid.Int64Range(0, room/unit).Draw(t, "len")
+				at := model[o.Off : o.Off+o.Len]
+				o.Data = nil
+				switch o.Kind {
+				case OpRead, OpWrite:
+					b := a.Get(int(o.Len))
+					defer b.Put()
+					o.Data = b.Data
+					if o.Kind == OpWrite {
+						seed := rapid.Byte().Draw(t, "seed")
+						for j := range b.Data {
+							b.Data[j] = seed + byte(j>>9) + byte(j)
+						}
+						copy(at, b.Data)
+					} else {
+						for j := range b.Data {
+							b.Data[j] = 0xEE
+						}
+					}
+				case OpDiscard, OpZero:
+					clear(at) // files and loop devices discard to zeroes
+				}
+				batch, want = append(batch, o), append(want, at)
+			}
+			d.Submit(batch...)
+			for i, o := range batch {
+				if err := o.Wait(); err != nil {
+					t.Fatal(err)
+				}
+				if o.Kind == OpRead && !bytes.Equal(o.Data, want[i]) {
+					t.Fatalf("read of %d bytes at %d differs from what was written", len(o.Data), o.Off)
+				}
+			}
+		})
+		t.Logf("%+v", d.Info())
+	})
+}
