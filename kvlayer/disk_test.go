@@ -1,0 +1,220 @@
+package kvlayer
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"path/filepath"
+	"sync"
+	"testing"
+
+	"github.com/kvof/kvof/uring"
+)
+
+// disk is a device of blocks in memory that tests can stop, tear and damage.
+type disk struct {
+	mu     sync.Mutex
+	mem    []byte
+	ops    int // completed, or dropped after the crash
+	crash  int // the op that is torn, after which nothing is written; 0: never
+	torn   int // 512-byte sectors of that op that are written
+	fail   func(*uring.Op) error
+	jitter bool // complete out of order
+}
+
+func newDisk(size int64) *disk { return &disk{mem: make([]byte, size)} }
+
+func (d *disk) Submit(ops ...*uring.Op) {
+	for _, o := range ops {
+		o.Begin()
+		if d.jitter && rand.IntN(2) == 0 {
+			go func() { o.Complete(d.do(o)) }()
+		} else {
+			o.Complete(d.do(o))
+		}
+	}
+}
+
+func (d *disk) do(o *uring.Op) error {
+	if o.Kind != uring.OpFlush && (o.Off%block != 0 || len(o.Data)%block != 0 || o.Off+int64(len(o.Data)) > int64(len(d.mem))) {
+		return uring.ErrInvalid
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.ops++
+	if d.fail != nil {
+		if err := d.fail(o); err != nil {
+			return err
+		}
+	}
+	at := d.mem[o.Off:]
+	switch {
+	case o.Kind == uring.OpRead:
+		copy(o.Data, at)
+	case o.Kind == uring.OpWrite && d.crash > 0 && d.ops > d.crash:
+	case o.Kind == uring.OpWrite && d.crash > 0 && d.ops == d.crash:
+		copy(at, o.Data[:min(len(o.Data), d.torn*512)])
+	case o.Kind == uring.OpWrite:
+		copy(at, o.Data)
+	}
+	return nil
+}
+
+func (d *disk) crashed() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.crash > 0 && d.ops >= d.crash
+}
+
+func (d *disk) restart() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.crash = 0
+}
+
+func (d *disk) View(off, n int64) []byte { return nil }
+func (d *disk) Size() int64              { return int64(len(d.mem)) }
+func (d *disk) BlockSize() int           { return block }
+func (d *disk) Info() uring.DeviceInfo   { return uring.DeviceInfo{Kind: "test"} }
+func (d *disk) Close() error             { return nil }
+
+func newArena(t testing.TB) *uring.Arena {
+	t.Helper()
+	a, err := uring.NewArena(8 << 20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := a.Close(); err != nil {
+			t.Error(err) // a buffer was not put back
+		}
+	})
+	return a
+}
+
+// devices runs f on each kind of device.
+func devices(t *testing.T, size int64, f func(t *testing.T, dev uring.Device, a *uring.Arena)) {
+	t.Run("memory", func(t *testing.T) {
+		dev, err := uring.NewMemory(size)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { dev.Close() })
+		f(t, dev, newArena(t))
+	})
+	t.Run("disk", func(t *testing.T) {
+		d := newDisk(size)
+		d.jitter = true
+		f(t, d, newArena(t))
+	})
+	t.Run("file", func(t *testing.T) {
+		a := newArena(t)
+		f(t, newFile(t, size, a), a)
+	})
+}
+
+func newFile(t testing.TB, size int64, a *uring.Arena) uring.Device {
+	t.Helper()
+	dev, err := uring.OpenFile(filepath.Join(t.TempDir(), "dev"), uring.FileOptions{Size: size, Arena: a})
+	if errors.Is(err, uring.ErrUnavailable) {
+		t.Skip(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { dev.Close() })
+	return dev
+}
+
+func open(t testing.TB, dev uring.Device, a *uring.Arena, o Options) *Store {
+	t.Helper()
+	s, err := Open(dev, a, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func key(n int) Key {
+	k, err := MakeKey(binary.BigEndian.AppendUint64(nil, uint64(n)))
+	if err != nil {
+		panic(err)
+	}
+	return k
+}
+
+// fill makes b the bytes of value number n.
+func fill(b []byte, n uint64) {
+	r := rand.New(rand.NewPCG(n, 1))
+	for i := 0; i+8 <= len(b); i += 8 {
+		binary.LittleEndian.PutUint64(b[i:], r.Uint64())
+	}
+	for i := len(b) &^ 7; i < len(b); i++ {
+		b[i] = byte(n) + byte(i)
+	}
+}
+
+func value(n uint64, size int) []byte {
+	b := make([]byte, size)
+	fill(b, n)
+	return b
+}
+
+// send moves v through w in chunks of odd sizes.
+func send(w *Writer, v []byte) {
+	for step := 70001; len(v) > 0; {
+		b := w.Buffer(step)
+		n := copy(b, v)
+		w.Filled(n)
+		v = v[n:]
+	}
+}
+
+func put(s *Store, k Key, v []byte, m Mode) error {
+	var w Writer
+	if err := s.Create(&w, k, int64(len(v)), m); err != nil {
+		return err
+	}
+	send(&w, v)
+	return w.Commit()
+}
+
+func get(s *Store, k Key, limit int64) ([]byte, error) {
+	var r Reader
+	if err := s.Open(&r, k, limit); err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	out := []byte{}
+	for {
+		b, err := r.Next()
+		if err == io.EOF {
+			return out, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, b.Data...)
+		b.Put()
+	}
+}
+
+func mustPut(t testing.TB, s *Store, k Key, v []byte) {
+	t.Helper()
+	if err := put(s, k, v, StoreAlways); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func mustGet(t testing.TB, s *Store, k Key, want []byte) {
+	t.Helper()
+	got, err := get(s, k, MaxValue)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, want) {
+		t.Fatalf("key %v: %d bytes that differ from the %d stored", k, len(got), len(want))
+	}
+}
