@@ -1,0 +1,181 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/kvof/kvof/configs"
+	"github.com/kvof/kvof/target"
+	"github.com/kvof/kvof/target/tcp"
+	"github.com/kvof/kvof/uring"
+)
+
+const (
+	drainTime = 20 * time.Second // for commands in flight, when the server stops
+	closeTime = 5 * time.Second  // for connections to go, after that
+)
+
+func newServeCommand() *cobra.Command {
+	var path string
+	cmd := &cobra.Command{
+		Use:   "serve",
+		Short: "Serve the namespaces of a configuration",
+		Long: "Serve the namespaces of a configuration until SIGTERM or SIGINT, which drains commands in flight first.\n" +
+			"SIGHUP reads the configuration again. Without --config the built-in one is served: a Key Value and a\nblock namespace on sparse files in ./kvof-data, on 127.0.0.1.",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return serve(cmd.Context(), path) },
+	}
+	cmd.Flags().StringVarP(&path, "config", "c", "", "TOML file")
+	return cmd
+}
+
+// loadConfig reads the configuration at path, the built-in one when path is empty.
+func loadConfig(path string) (*configs.Config, error) {
+	if path == "" {
+		return configs.Parse("built-in configuration", configs.Default())
+	}
+	return configs.Load(path)
+}
+
+// server is a running kvof serve.
+type server struct {
+	path      string
+	cfg       *configs.Config
+	level     *slog.LevelVar
+	log       *slog.Logger
+	notify    notifier
+	target    *target.Target
+	listeners []*tcp.Listener
+}
+
+func serve(ctx context.Context, path string) (err error) {
+	s := &server{path: path, level: new(slog.LevelVar)}
+	s.log = newLogger(os.Stderr, s.level)
+	s.notify = notifier{s.log}
+	if s.cfg, err = loadConfig(path); err != nil {
+		return err
+	}
+	s.level.Set(s.cfg.LogLevel)
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, syscall.SIGHUP)
+	defer signal.Stop(hup)
+
+	sockets, err := inheritSockets()
+	if err != nil {
+		return err
+	}
+	arena, err := uring.NewArena(int(s.cfg.Memory.Arena))
+	if err != nil {
+		return err
+	}
+	s.target = target.New(arena, s.cfg.Limits, s.log)
+	defer func() {
+		if e := s.target.Close(); e != nil && err == nil {
+			err = e
+		}
+		if e := arena.Close(); e != nil {
+			s.log.Warn("arena", "error", e)
+		}
+	}()
+	s.notify.Status("opening namespaces")
+	if err := s.target.Apply(s.cfg); err != nil {
+		return err
+	}
+	defer s.closeListeners()
+	if err := s.listen(sockets); err != nil {
+		return err
+	}
+	for _, addr := range sockets.CloseUnused() {
+		s.log.Warn("the socket unit opened an address that no listener has", "address", addr)
+	}
+	wctx, stop := context.WithCancel(ctx)
+	defer stop()
+	go s.notify.Watchdog(wctx, func() error { return nil })
+	s.notify.Ready(s.summary())
+	s.log.Info("serving", "namespaces", s.summary())
+	for {
+		select {
+		case <-hup:
+			s.reload()
+		case <-ctx.Done():
+			s.notify.Stopping("draining")
+			s.log.Info("draining")
+			for _, l := range s.listeners {
+				l.StopAccepting()
+			}
+			s.target.Drain(drainTime)
+			return nil
+		}
+	}
+}
+
+// listen opens the ports of the configuration.
+func (s *server) listen(sockets *sockets) error {
+	for _, l := range s.cfg.Listeners {
+		ln, err := sockets.Listen(l.Address)
+		if err != nil {
+			return err
+		}
+		s.listeners = append(s.listeners, tcp.Listen(s.target, ln, false, s.log))
+		s.log.Info("listening", "transport", l.Transport, "address", ln.Addr().String())
+	}
+	for _, addr := range s.cfg.Discovery.Addresses {
+		ln, err := sockets.Listen(addr)
+		if err != nil {
+			return err
+		}
+		s.listeners = append(s.listeners, tcp.Listen(s.target, ln, true, s.log))
+		s.log.Info("listening for discovery", "address", ln.Addr().String())
+	}
+	return nil
+}
+
+func (s *server) closeListeners() {
+	ctx, cancel := context.WithTimeout(context.Background(), closeTime)
+	defer cancel()
+	for _, l := range s.listeners {
+		if err := l.Close(ctx); err != nil {
+			s.log.Warn("connections are left", "listener", l.Addr().String(), "error", err)
+		}
+	}
+}
+
+// reload applies what of the configuration has changed and can change live. A configuration with a mistake changes
+// nothing.
+func (s *server) reload() {
+	s.notify.Reloading()
+	defer func() { s.notify.Ready(s.summary()) }()
+	cfg, err := loadConfig(s.path)
+	if err != nil {
+		for line := range strings.SplitSeq(err.Error(), "\n") {
+			s.log.Error("reload: nothing changed", "error", line)
+		}
+		return
+	}
+	for _, key := range configs.Changes(s.cfg, cfg) {
+		s.log.Warn("reload: a change needs a restart", "key", key)
+	}
+	s.level.Set(cfg.LogLevel)
+	if err := s.target.Apply(cfg); err != nil {
+		s.log.Error("reload", "error", err)
+	}
+	s.cfg = cfg
+	s.log.Info("reloaded", "namespaces", s.summary())
+}
+
+// summary says in one line what is served.
+func (s *server) summary() string {
+	n := 0
+	for _, sub := range s.cfg.Subsystems {
+		n += len(sub.Namespaces)
+	}
+	return fmt.Sprintf("%d subsystems, %d namespaces", len(s.cfg.Subsystems), n)
+}

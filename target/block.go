@@ -1,0 +1,320 @@
+package target
+
+import (
+	"bytes"
+	"errors"
+
+	"github.com/kvof/kvof/nvmeof"
+	"github.com/kvof/kvof/uring"
+)
+
+// blockEffects are the NVM commands for log page 05h.
+var blockEffects = map[uint8]uint32{
+	nvmeof.OpFlush:       nvmeof.EffectSupported,
+	nvmeof.OpRead:        nvmeof.EffectSupported,
+	nvmeof.OpCompare:     nvmeof.EffectSupported,
+	nvmeof.OpVerify:      nvmeof.EffectSupported,
+	nvmeof.OpWrite:       nvmeof.EffectSupported | nvmeof.EffectContent,
+	nvmeof.OpWriteZeroes: nvmeof.EffectSupported | nvmeof.EffectContent,
+	nvmeof.OpDSM:         nvmeof.EffectSupported | nvmeof.EffectContent,
+}
+
+// CDW12 and CDW11 bits.
+const (
+	fua        = 1 << 30 // Write: Force Unit Access
+	deac       = 1 << 25 // Write Zeroes: Deallocate
+	dsmAD      = 1 << 2  // DSM: Attribute - Deallocate
+	maxDSMData = 256 * nvmeof.DSMRangeSize
+)
+
+var errMiscompare = errors.New("data differs")
+
+// blockCommand checks an NVM command and starts it.
+func blockCommand(r *Request) {
+	c, n := &r.Cmd, r.ns
+	op := c.Opcode()
+	switch {
+	case blockEffects[op] == 0:
+		r.fail(nvmeof.InvalidOpcode)
+		return
+	case n.ReadOnly && blockEffects[op]&nvmeof.EffectContent != 0:
+		r.fail(nvmeof.WriteProtected)
+		return
+	case op == nvmeof.OpFlush:
+		r.proceed(flush)
+		return
+	case op == nvmeof.OpDSM:
+		if want := (c.DW(10)&0xFF + 1) * nvmeof.DSMRangeSize; want > r.Length {
+			r.fail(nvmeof.DataSGLLength)
+			return
+		}
+		r.proceed(dsm)
+		return
+	}
+	slba, blocks := c.SLBA(), uint64(c.DW(12)&0xFFFF)+1
+	if slba >= n.blocks || blocks > n.blocks-slba {
+		r.fail(nvmeof.LBAOutOfRange)
+		return
+	}
+	hasData := op == nvmeof.OpRead || op == nvmeof.OpWrite || op == nvmeof.OpCompare
+	if hasData && blocks<<n.lbads > uint64(r.Length) {
+		r.fail(nvmeof.DataSGLLength)
+		return
+	}
+	if r.stream == nil {
+		r.stream = new(stream)
+	}
+	r.stream.reset(n, op, int64(slba<<n.lbads), int64(blocks<<n.lbads))
+	switch op {
+	case nvmeof.OpWriteZeroes:
+		r.proceed(writeZeroes)
+	case nvmeof.OpRead, nvmeof.OpVerify:
+		r.proceed(read)
+	default:
+		r.proceed(write)
+	}
+}
+
+// read streams the blocks to the host; Verify reads them and sends nothing.
+func read(r *Request) {
+	s := r.stream
+	verify := r.Cmd.Opcode() == nvmeof.OpVerify
+	if r.ns.inline {
+		if !verify {
+			r.send(uring.View(r.ns.dev.View(s.off, s.left)), true)
+		}
+		r.complete(nvmeof.Success, 0)
+		return
+	}
+	r.queue.reserve(r, streamBytes(s.left))
+	for {
+		b, err := s.next()
+		if err != nil {
+			s.Abort()
+			r.complete(statusOf(err), 0)
+			return
+		}
+		if b.Data == nil {
+			break
+		}
+		if verify {
+			b.Put()
+		} else {
+			r.send(b, s.left == 0 && s.busy() == 0)
+		}
+	}
+	r.complete(nvmeof.Success, 0)
+}
+
+// write brings the data of Write and Compare.
+func write(r *Request) {
+	s := r.stream
+	if !r.ns.inline {
+		r.queue.reserve(r, streamBytes(s.left))
+	}
+	r.receive(uint32(s.left), s, written)
+}
+
+// written ends a Write or Compare whose data is there.
+func written(r *Request) {
+	err := r.stream.finish()
+	if err == nil && r.Cmd.Opcode() == nvmeof.OpWrite && r.Cmd.DW(12)&fua != 0 {
+		err = r.ns.flush()
+	}
+	st := statusOf(err)
+	if st.Code() == nvmeof.UnrecoveredReadError && r.Cmd.Opcode() == nvmeof.OpWrite {
+		st = nvmeof.WriteFault
+	}
+	r.complete(st, 0)
+}
+
+func writeZeroes(r *Request) {
+	op := &r.stream.ops[0]
+	op.Kind, op.Off, op.Len, op.Data = uring.OpZero, r.stream.off, r.stream.left, nil
+	if r.Cmd.DW(12)&deac != 0 && r.ns.zeroAfterDiscard() {
+		op.Kind = uring.OpDiscard
+	}
+	r.ns.dev.Submit(op)
+	r.complete(statusOf(op.Wait()), 0)
+}
+
+// zeroAfterDiscard tells whether deallocated blocks read as zeroes, as they do in files and memory.
+func (n *namespace) zeroAfterDiscard() bool { return n.Device != "block" }
+
+// ranges takes the data of a Dataset Management command.
+type ranges struct {
+	b [maxDSMData]byte
+	n int
+}
+
+func (s *ranges) Buffer(limit int) []byte { return s.b[s.n:min(len(s.b), s.n+limit)] }
+func (s *ranges) Filled(n int)            { s.n += n }
+func (s *ranges) Abort()                  {}
+
+func dsm(r *Request) {
+	if r.ranges == nil {
+		r.ranges = new(ranges)
+	}
+	r.ranges.n = 0
+	r.receive((r.Cmd.DW(10)&0xFF+1)*nvmeof.DSMRangeSize, r.ranges, deallocate)
+}
+
+// deallocate checks all ranges before it touches the first. Ranges for other attributes are advice, not acted on.
+func deallocate(r *Request) {
+	n, data := r.ns, r.ranges.b[:r.ranges.n]
+	var g nvmeof.DSMRange
+	for b := data; len(b) > 0; b = b[nvmeof.DSMRangeSize:] {
+		g.Decode(b)
+		if g.SLBA > n.blocks || uint64(g.Blocks) > n.blocks-g.SLBA {
+			r.fail(nvmeof.LBAOutOfRange)
+			return
+		}
+	}
+	var err error
+	if r.Cmd.DW(11)&dsmAD != 0 {
+		var op uring.Op
+		for b := data; len(b) > 0 && err == nil; b = b[nvmeof.DSMRangeSize:] {
+			if g.Decode(b); g.Blocks == 0 {
+				continue
+			}
+			op.Kind, op.Off, op.Len = uring.OpDiscard, int64(g.SLBA<<n.lbads), int64(g.Blocks)<<n.lbads
+			n.dev.Submit(&op)
+			err = op.Wait()
+		}
+	}
+	r.complete(statusOf(err), 0)
+}
+
+// window is how many device operations of one command are in flight together.
+const window = 8
+
+// streamBytes is the most arena memory, in bytes, that a command of n bytes holds at one time.
+func streamBytes(n int64) int { return int(min(n, window*uring.LargeBuf)) }
+
+// stream moves a range of a device through a window of arena pieces: out of it by next, into it (or against it, for
+// Compare) as a sink. On a memory device the sink hands out the device's own memory.
+type stream struct {
+	ns        *namespace
+	op        uint8
+	off, left int64 // the part not yet started
+	err       error // the first
+
+	ops          [window]uring.Op
+	bufs, shadow [window]uring.Buf // shadow: what Compare reads
+	head, tail   int               // ops[head%window] is the oldest in flight
+	cur          uring.Buf         // being filled
+	filled       int
+}
+
+func (s *stream) reset(n *namespace, op uint8, off, length int64) {
+	s.ns, s.op, s.off, s.left, s.err = n, op, off, length, nil
+}
+
+func (s *stream) busy() int { return s.tail - s.head }
+
+// start submits a device operation on the next piece.
+func (s *stream) start(kind uring.OpKind, b, data uring.Buf) {
+	i := s.tail % window
+	s.bufs[i] = b
+	op := &s.ops[i]
+	op.Kind, op.Off, op.Data = kind, s.off, data.Data
+	s.off += int64(len(data.Data))
+	s.left -= int64(len(data.Data))
+	s.tail++
+	s.ns.dev.Submit(op)
+}
+
+// retire waits for the oldest operation and returns its piece.
+func (s *stream) retire() uring.Buf {
+	i := s.head % window
+	err := s.ops[i].Wait()
+	s.head++
+	b := s.bufs[i]
+	if s.op == nvmeof.OpCompare {
+		if err == nil && !bytes.Equal(b.Data, s.shadow[i].Data) {
+			err = errMiscompare
+		}
+		s.shadow[i].Put()
+	}
+	s.bufs[i], s.shadow[i] = uring.Buf{}, uring.Buf{}
+	if s.err == nil {
+		s.err = err
+	}
+	return b
+}
+
+// next returns the next piece read, reading ahead as far as the arena has memory to spare; the zero Buf at the end.
+// The caller owns the piece.
+func (s *stream) next() (uring.Buf, error) {
+	for s.left > 0 && s.busy() < window {
+		n := int(min(s.left, uring.LargeBuf))
+		b, ok := s.ns.arena.TryGet(n)
+		if !ok {
+			if s.busy() > 0 {
+				break
+			}
+			b = s.ns.arena.Get(n)
+		}
+		s.start(uring.OpRead, b, b)
+	}
+	if s.busy() == 0 {
+		return uring.Buf{}, nil
+	}
+	b := s.retire()
+	if s.err != nil {
+		b.Put()
+		return uring.Buf{}, s.err
+	}
+	return b, nil
+}
+
+// Buffer implements sink.
+func (s *stream) Buffer(limit int) []byte {
+	if s.ns.inline && s.op == nvmeof.OpWrite {
+		return s.ns.dev.View(s.off, min(s.left, int64(limit)))
+	}
+	if s.cur.Data == nil {
+		if s.busy() == window {
+			s.retire().Put()
+		}
+		s.cur = s.ns.arena.Get(int(min(s.left, uring.LargeBuf)))
+	}
+	return s.cur.Data[s.filled:min(len(s.cur.Data), s.filled+limit)]
+}
+
+// Filled implements sink: a full piece starts its device operation.
+func (s *stream) Filled(n int) {
+	if s.ns.inline && s.op == nvmeof.OpWrite {
+		s.off += int64(n)
+		s.left -= int64(n)
+		return
+	}
+	if s.filled += n; s.filled < len(s.cur.Data) {
+		return
+	}
+	b := s.cur
+	s.cur, s.filled = uring.Buf{}, 0
+	if s.op == nvmeof.OpCompare {
+		shadow := s.ns.arena.Get(len(b.Data))
+		s.shadow[s.tail%window] = shadow
+		s.start(uring.OpRead, b, shadow)
+		return
+	}
+	s.start(uring.OpWrite, b, b)
+}
+
+// finish waits for what is in flight and returns the first error.
+func (s *stream) finish() error {
+	for s.busy() > 0 {
+		s.retire().Put()
+	}
+	return s.err
+}
+
+// Abort implements sink, and ends a read early.
+func (s *stream) Abort() {
+	s.left = 0
+	_ = s.finish()
+	s.cur.Put()
+	s.cur, s.filled = uring.Buf{}, 0
+}

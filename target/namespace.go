@@ -1,0 +1,137 @@
+package target
+
+import (
+	"errors"
+	"fmt"
+	"math/bits"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"syscall"
+
+	"github.com/kvof/kvof/configs"
+	"github.com/kvof/kvof/kvlayer"
+	"github.com/kvof/kvof/nvmeof"
+	"github.com/kvof/kvof/uring"
+)
+
+// namespace is one namespace of a subsystem with the device below it.
+type namespace struct {
+	configs.Namespace
+	csi    nvmeof.CSI
+	dev    uring.Device
+	arena  *uring.Arena
+	store  *kvlayer.Store // Key Value only
+	blocks uint64         // logical blocks; of 4096 bytes for Key Value
+	lbads  uint8          // log2 of the logical block size
+	inline bool           // commands never wait for the device: they run on the connection's reader
+	ednek  atomic.Bool    // feature 20h
+	stats  commandStats
+	users  sync.WaitGroup // commands in flight
+}
+
+// openNamespace opens the device and, for a Key Value namespace, the store on it.
+func openNamespace(c configs.Namespace, arena *uring.Arena) (*namespace, error) {
+	n := &namespace{Namespace: c, arena: arena}
+	var err error
+	switch c.Device {
+	case configs.DeviceMemory:
+		n.dev, err = uring.NewMemory(int64(c.Size))
+	default:
+		n.dev, err = uring.OpenFile(filepath.Clean(c.Path), uring.FileOptions{Size: int64(c.Size), Arena: arena})
+	}
+	if err != nil {
+		return nil, fmt.Errorf("namespace %d: %w", c.NSID, err)
+	}
+	n.inline = n.dev.View(0, 1) != nil
+	lba := uint64(4096)
+	switch c.Type {
+	case configs.KeyValue:
+		n.csi = nvmeof.CSIKV
+		n.ednek.Store(c.EDNEK)
+		n.store, err = kvlayer.Open(n.dev, arena, kvlayer.Options{MaxValue: int64(c.MaxValue), MaxKeys: int(c.MaxKeys)})
+	default:
+		lba = uint64(c.LBASize)
+		if bs := n.dev.BlockSize(); int64(lba)%int64(bs) != 0 {
+			err = fmt.Errorf("%s needs blocks of %d bytes: lba_size = %d is too small", c.Path, bs, lba)
+		}
+	}
+	if err != nil {
+		n.dev.Close()
+		return nil, fmt.Errorf("namespace %d: %w", c.NSID, err)
+	}
+	n.lbads = uint8(bits.TrailingZeros64(lba))
+	n.blocks = uint64(n.dev.Size()) >> n.lbads
+	return n, nil
+}
+
+// close waits for the commands in flight and closes store and device.
+func (n *namespace) close() error {
+	n.users.Wait()
+	var err error
+	if n.store != nil {
+		err = n.store.Close()
+	}
+	return errors.Join(err, n.dev.Close())
+}
+
+// execute runs an I/O command of either command set.
+func (n *namespace) execute(r *Request) {
+	if n.csi == nvmeof.CSIKV {
+		kvCommand(r)
+	} else {
+		blockCommand(r)
+	}
+}
+
+// flush is the Flush command of both command sets.
+func flush(r *Request) { r.complete(statusOf(r.ns.flush()), 0) }
+
+// flush makes everything that has completed durable.
+func (n *namespace) flush() error {
+	if n.store != nil {
+		return n.store.Flush()
+	}
+	var op uring.Op
+	op.Kind = uring.OpFlush
+	n.dev.Submit(&op)
+	return op.Wait()
+}
+
+// usage returns the bytes in use, for NUSE.
+func (n *namespace) usage() uint64 {
+	if n.store != nil {
+		return uint64(n.store.Stats().Used)
+	}
+	return n.blocks << n.lbads
+}
+
+func (n *namespace) nsattr() uint8 {
+	if n.ReadOnly {
+		return 1
+	}
+	return 0
+}
+
+// statusOf is where the errors of store and device become NVMe statuses.
+func statusOf(err error) nvmeof.Status {
+	switch {
+	case err == nil:
+		return nvmeof.Success
+	case errors.Is(err, kvlayer.ErrNotFound):
+		return nvmeof.KeyDoesNotExist | nvmeof.DNR
+	case errors.Is(err, kvlayer.ErrExists):
+		return nvmeof.KeyExists | nvmeof.DNR
+	case errors.Is(err, kvlayer.ErrNoSpace), errors.Is(err, syscall.ENOSPC):
+		return nvmeof.CapacityExceeded | nvmeof.DNR
+	case errors.Is(err, kvlayer.ErrTooLarge):
+		return nvmeof.InvalidValueSize | nvmeof.DNR
+	case errors.Is(err, kvlayer.ErrCorrupt):
+		return nvmeof.UnrecoveredError | nvmeof.DNR
+	case errors.Is(err, errMiscompare):
+		return nvmeof.CompareFailure | nvmeof.DNR
+	case errors.Is(err, uring.ErrMedia):
+		return nvmeof.UnrecoveredReadError
+	}
+	return nvmeof.InternalError
+}

@@ -1,0 +1,157 @@
+package target
+
+import (
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/kvof/kvof/nvmeof"
+)
+
+// queueBudget bounds the arena bytes that one queue's commands hold at one time, so that no host takes it all.
+const queueBudget = 8 << 20
+
+// adminDepth is the number of entries of an admin queue that hosts may use.
+const adminDepth = 128
+
+// Queue is the target's end of one fabrics queue pair. A transport makes one for each connection; it belongs to no
+// controller until a Connect succeeds on it.
+type Queue struct {
+	target *Target
+	conn   Conn
+	port   *Port
+	local  netip.AddrPort // address the host connected to
+
+	ctrl *Controller // set once, by Connect
+	id   uint16
+	size uint16 // entries
+	sqhd atomic.Uint32
+	noFC bool // SQ flow control is off
+
+	free chan *Request
+	all  []*Request // grows to size on demand; the reader's alone
+
+	mu       sync.Mutex
+	idle     sync.Cond // inflight or spent went down
+	inflight int
+	spent    int // bytes of queueBudget
+}
+
+// NewQueue makes the queue of a new connection that reached port at the local address .
+func (t *Target) NewQueue(c Conn, port *Port, local netip.AddrPort) *Queue {
+	q := &Queue{target: t, conn: c, port: port, local: local, size: adminDepth, free: make(chan *Request, 2*max(t.limits.QueueEntries, adminDepth))}
+	q.idle.L = &q.mu
+	return q
+}
+
+// NewRequest returns a request to fill, nil when the host has sent more commands than its queue has entries. Twice as
+// many as that can be in use at once: completed ones are given back only after the host may have seen the completion.
+// Only the connection's reader calls it.
+func (q *Queue) NewRequest() *Request {
+	var r *Request
+	select {
+	case r = <-q.free:
+	default:
+		if len(q.all) >= 2*int(q.size) {
+			return nil
+		}
+		r = &Request{queue: q, Tag: uint16(len(q.all))}
+		r.run = func() { r.step(r) }
+		q.all = append(q.all, r)
+	}
+	q.mu.Lock()
+	q.inflight++
+	q.mu.Unlock()
+	return r
+}
+
+func (q *Queue) put(r *Request) {
+	q.free <- r
+	q.mu.Lock()
+	q.inflight--
+	q.idle.Broadcast()
+	q.mu.Unlock()
+}
+
+// Controller returns the controller the queue belongs to, nil before Connect.
+func (q *Queue) Controller() *Controller { return q.ctrl }
+
+// ID is the queue identifier, 0 for the admin queue.
+func (q *Queue) ID() uint16 { return q.id }
+
+// head is the SQ head pointer for the next completion.
+func (q *Queue) head() uint16 {
+	if q.noFC {
+		return 0xFFFF
+	}
+	return uint16(q.sqhd.Load() % uint32(q.size))
+}
+
+// reserve takes n bytes of the queue's share of the arena for r, waiting until its other commands have given back
+// enough. A command larger than the whole share gets all of it.
+func (q *Queue) reserve(r *Request, n int) {
+	n = min(n, queueBudget)
+	q.mu.Lock()
+	for q.spent+n > queueBudget {
+		q.idle.Wait()
+	}
+	q.spent += n
+	r.budget = n
+	q.mu.Unlock()
+}
+
+func (q *Queue) unreserve(n int) {
+	if n > 0 {
+		q.mu.Lock()
+		q.spent -= n
+		q.idle.Broadcast()
+		q.mu.Unlock()
+	}
+}
+
+// Close tells that the connection has ended: the transport has aborted every pull and reads no more. It returns when
+// no command is left, and ends the controller when this was its admin queue.
+func (q *Queue) Close() {
+	if q.ctrl != nil {
+		q.ctrl.detach(q)
+	}
+	q.mu.Lock()
+	for q.inflight > 0 {
+		q.idle.Wait()
+	}
+	q.mu.Unlock()
+	if q.ctrl != nil {
+		q.ctrl.gone(q)
+	}
+}
+
+// Execute runs one command. Only the connection's reader calls it; it blocks for no longer than a short wait for a
+// small buffer, and on the admin queue not at all.
+func (q *Queue) Execute(r *Request) {
+	r.start = time.Now()
+	q.sqhd.Add(1)
+	c := &r.Cmd
+	switch {
+	case c.Opcode() == nvmeof.OpFabrics:
+		q.fabrics(r)
+	case q.ctrl == nil:
+		r.fail(nvmeof.CommandSequenceError)
+	default:
+		q.ctrl.traffic.Store(true)
+		if !q.ctrl.ready() {
+			r.fail(nvmeof.CommandSequenceError)
+		} else if q.id == 0 {
+			q.ctrl.adminCommand(r)
+		} else {
+			q.ctrl.ioCommand(r)
+		}
+	}
+}
+
+// Refuse ends a command that the transport could not accept, such as one with a wrong SGL.
+func (q *Queue) Refuse(r *Request, st nvmeof.Status) {
+	r.start = time.Now()
+	q.sqhd.Add(1)
+	r.fail(st)
+}

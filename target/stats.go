@@ -1,0 +1,86 @@
+package target
+
+import (
+	"math/bits"
+	"sync/atomic"
+	"time"
+
+	"github.com/kvof/kvof/nvmeof"
+)
+
+// Histogram counts latencies in buckets that double: bucket i holds those under 2^i microseconds, the last the rest.
+type Histogram struct {
+	buckets [histogramBuckets]atomic.Uint64
+	sum     atomic.Uint64 // nanoseconds
+}
+
+const histogramBuckets = 26 // the last bound is 2^24 us, about 17 s
+
+func (h *Histogram) observe(d time.Duration) {
+	h.buckets[min(bits.Len64(uint64(d/time.Microsecond)), histogramBuckets-1)].Add(1)
+	h.sum.Add(uint64(d))
+}
+
+// HistogramSnapshot is a histogram at one moment.
+type HistogramSnapshot struct {
+	Count  uint64
+	Sum    time.Duration
+	Bounds []time.Duration // upper bounds, exclusive
+	Counts []uint64        // one for each bound, and one more for what is above
+}
+
+func (h *Histogram) snapshot() (s HistogramSnapshot) {
+	for i := range h.buckets {
+		n := h.buckets[i].Load()
+		s.Counts = append(s.Counts, n)
+		s.Count += n
+		if i < histogramBuckets-1 {
+			s.Bounds = append(s.Bounds, time.Microsecond<<i)
+		}
+	}
+	s.Sum = time.Duration(h.sum.Load())
+	return s
+}
+
+// commandStats counts the commands of one namespace by opcode.
+type commandStats struct {
+	byOpcode          [nvmeof.OpExist + 1]opStats
+	bytesIn, bytesOut counter
+	mediaErrors       counter
+}
+
+// count returns how many commands with an opcode have ended.
+func (s *commandStats) count(op uint8) (n uint64) {
+	for i := range s.byOpcode[op].latency.buckets {
+		n += s.byOpcode[op].latency.buckets[i].Load()
+	}
+	return n
+}
+
+type opStats struct {
+	latency Histogram
+	errors  counter // other than a key that is absent or present
+}
+
+// observe counts one command; in and out are its data bytes.
+func (s *commandStats) observe(op uint8, st nvmeof.Status, d time.Duration, in, out uint32) {
+	if int(op) >= len(s.byOpcode) {
+		return
+	}
+	o := &s.byOpcode[op]
+	o.latency.observe(d)
+	switch st.Code() {
+	case nvmeof.Success, nvmeof.KeyDoesNotExist, nvmeof.KeyExists:
+	case nvmeof.UnrecoveredError, nvmeof.UnrecoveredReadError, nvmeof.WriteFault:
+		s.mediaErrors.Add(1)
+		o.errors.Add(1)
+	default:
+		o.errors.Add(1)
+	}
+	if in > 0 {
+		s.bytesIn.Add(uint64(in))
+	}
+	if out > 0 {
+		s.bytesOut.Add(uint64(out))
+	}
+}

@@ -1,0 +1,112 @@
+package target
+
+import (
+	"errors"
+	"maps"
+	"slices"
+	"sync"
+
+	"github.com/kvof/kvof/configs"
+	"github.com/kvof/kvof/uring"
+)
+
+// subsystem is one NVM subsystem, or the discovery subsystem.
+type subsystem struct {
+	NQN       string
+	discovery bool
+
+	mu         sync.RWMutex
+	cfg        configs.Subsystem
+	namespaces map[uint32]*namespace
+}
+
+func newSubsystem(c configs.Subsystem) *subsystem {
+	return &subsystem{NQN: c.NQN, cfg: c, namespaces: map[uint32]*namespace{}}
+}
+
+// allows tells whether a host may connect.
+func (s *subsystem) allows(host string) bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.cfg.AllowAnyHost || slices.Contains(s.cfg.Hosts, host)
+}
+
+// serial is the serial number of the subsystem's controllers.
+func (s *subsystem) serial() string {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.cfg.Serial
+}
+
+// acquire returns a namespace for one command, which calls users.Done when it is over; nil if there is none.
+func (s *subsystem) acquire(nsid uint32) *namespace {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	n := s.namespaces[nsid]
+	if n != nil {
+		n.users.Add(1)
+	}
+	return n
+}
+
+// list returns the namespaces, by NSID.
+func (s *subsystem) list() []*namespace {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	var ns []*namespace
+	for _, id := range slices.Sorted(maps.Keys(s.namespaces)) {
+		ns = append(ns, s.namespaces[id])
+	}
+	return ns
+}
+
+// apply opens, replaces and closes namespaces so that they match c, and returns the identifiers of those that
+// changed. A namespace that cannot be opened is left out.
+func (s *subsystem) apply(c configs.Subsystem, arena *uring.Arena) (changed []uint32, err error) {
+	want := map[uint32]configs.Namespace{}
+	for _, n := range c.Namespaces {
+		want[n.NSID] = n
+	}
+	s.mu.Lock()
+	s.cfg = c
+	var closing []*namespace
+	for id, n := range s.namespaces {
+		if w, ok := want[id]; ok && w == n.Namespace {
+			delete(want, id)
+			continue
+		}
+		delete(s.namespaces, id)
+		closing = append(closing, n)
+		changed = append(changed, id)
+	}
+	s.mu.Unlock()
+	var errs []error
+	for _, n := range closing {
+		errs = append(errs, n.close())
+	}
+	for _, id := range slices.Sorted(maps.Keys(want)) {
+		n, err := openNamespace(want[id], arena)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		s.mu.Lock()
+		s.namespaces[id] = n
+		s.mu.Unlock()
+		if !slices.Contains(changed, id) {
+			changed = append(changed, id)
+		}
+	}
+	return changed, errors.Join(errs...)
+}
+
+// removeAll takes all namespaces out; the caller closes them.
+func (s *subsystem) removeAll() (ns []*namespace) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for id, n := range s.namespaces {
+		ns = append(ns, n)
+		delete(s.namespaces, id)
+	}
+	return ns
+}

@@ -1,0 +1,301 @@
+package tcp
+
+import (
+	"sync"
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kvof/kvof/nvmeof"
+	"github.com/kvof/kvof/target"
+	"github.com/kvof/kvof/uring"
+)
+
+// maxBatch is how many PDUs go into one writev: three vectors each, 1024 is the kernel's limit (UIO_MAXIOV).
+const maxBatch = 256
+
+// sender puts PDUs on the wire in order. Whoever has one queues it; whoever finds nobody writing writes all that is
+// queued in one writev. When the socket is full the rest is left to the sender's own goroutine.
+type sender struct {
+	c *conn
+
+	mu      sync.Mutex
+	queue   []pdu // to be written
+	writing bool  // somebody is
+	closed  bool
+
+	// Those of whoever is writing.
+	batch   []pdu
+	iov     []unix.Iovec
+	done    int // vectors of iov that are out
+	err     error
+	wait    bool // wait for the socket
+	attempt func(fd uintptr) bool
+	wake    chan struct{}
+	exited  chan struct{}
+	full    bool // written under mu
+}
+
+// pdu is one PDU on its way out.
+type pdu struct {
+	n    int // bytes of head
+	buf  uring.Buf
+	tail [nvmeof.DigestSize]byte
+	end  *target.Request // released when the PDU is out
+	head [nvmeof.DataPDUSize + nvmeof.DigestSize + 128]byte
+}
+
+func (s *sender) init(c *conn) {
+	s.c = c
+	s.attempt = s.try
+	s.wake = make(chan struct{}, 1)
+	s.exited = make(chan struct{})
+	go s.loop()
+}
+
+// add queues a PDU and returns it for the caller to fill, with mu held; nil when the connection is over.
+func (s *sender) add() *pdu {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return nil
+	}
+	if len(s.queue) == cap(s.queue) {
+		s.queue = append(s.queue, pdu{})
+	} else {
+		s.queue = s.queue[:len(s.queue)+1]
+	}
+	p := &s.queue[len(s.queue)-1]
+	p.buf, p.end = uring.Buf{}, nil
+	return p
+}
+
+// Send implements target.Conn: one C2HData PDU.
+func (c *conn) Send(r *target.Request, b uring.Buf, last bool) {
+	var digest uint32
+	if c.dg.Data {
+		digest = nvmeof.Digest(0, b.Data)
+	}
+	p := c.tx.add()
+	if p == nil {
+		b.Put()
+		return
+	}
+	flags := uint8(0)
+	if last {
+		flags = nvmeof.FlagLast
+	}
+	p.n = nvmeof.EncodeData(p.head[:], nvmeof.PDUC2HData, flags, r.Cmd.CID(), 0, r.Sent, len(b.Data), c.align, c.dg)
+	p.buf = b
+	p.tail = [4]byte{byte(digest), byte(digest >> 8), byte(digest >> 16), byte(digest >> 24)}
+	c.tx.mu.Unlock()
+	if r.Async {
+		c.tx.flush()
+	}
+}
+
+// Complete implements target.Conn: a response capsule, behind the data.
+func (c *conn) Complete(r *target.Request) {
+	p := c.tx.add()
+	if p == nil {
+		r.Release()
+		return
+	}
+	p.n = nvmeof.EncodeResponse(p.head[:], &r.CQE, c.dg)
+	p.end = r
+	async := r.Async
+	c.tx.mu.Unlock()
+	if async { // the reader flushes when it has no more to read
+		c.tx.flush()
+	}
+}
+
+// r2t asks the host for a command's data.
+func (s *sender) r2t(r *target.Request) {
+	p := s.add()
+	if p == nil {
+		return
+	}
+	p.n = nvmeof.EncodeR2T(p.head[:], r.Cmd.CID(), r.Tag, 0, r.PullLength, s.c.dg)
+	async := r.Async
+	s.mu.Unlock()
+	if async {
+		s.flush()
+	}
+}
+
+// term writes a termination request, best effort, after what is queued.
+func (s *sender) term(b []byte) {
+	s.mu.Lock()
+	idle := !s.writing && !s.closed
+	s.mu.Unlock()
+	if idle {
+		_, _ = s.c.nc.Write(b)
+	}
+}
+
+// flush writes what is queued unless somebody else is already at it.
+func (s *sender) flush() {
+	s.mu.Lock()
+	if s.writing || s.closed || len(s.queue) == 0 {
+		s.mu.Unlock()
+		return
+	}
+	s.writing = true
+	s.mu.Unlock()
+	s.drain(false)
+}
+
+// drain writes until nothing is queued. The caller has set writing. Without wait, it leaves a full socket to loop.
+func (s *sender) drain(wait bool) {
+	for {
+		if len(s.batch) == 0 && !s.next() {
+			return
+		}
+		s.wait = wait
+		if err := s.c.raw.Write(s.attempt); err != nil && s.err == nil {
+			s.err = err
+		}
+		if s.err != nil {
+			s.c.Close("writing failed: " + s.err.Error())
+			s.release()
+			s.mu.Lock()
+			s.closed = true
+			s.mu.Unlock()
+			s.discard()
+			return
+		}
+		if s.done == len(s.iov) {
+			s.release()
+			continue
+		}
+		if !wait {
+			s.mu.Lock()
+			s.full = true
+			s.mu.Unlock()
+			s.wake <- struct{}{}
+			return
+		}
+	}
+}
+
+// next takes the queue as the batch to write; false when it is empty, and then nobody is writing any more.
+func (s *sender) next() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.full = false
+	if len(s.queue) == 0 {
+		s.writing = false
+		return false
+	}
+	s.batch, s.queue = s.queue, s.batch[:0]
+	s.iov, s.done = s.iov[:0], 0
+	return true
+}
+
+// vectors describes the batch's bytes from PDU i on, as many as one writev takes, and returns the next PDU.
+func (s *sender) vectors() {
+	for i := range s.batch {
+		p := &s.batch[i]
+		s.iov = append(s.iov, vector(p.head[:p.n]))
+		if len(p.buf.Data) > 0 {
+			s.iov = append(s.iov, vector(p.buf.Data))
+			if s.c.dg.Data {
+				s.iov = append(s.iov, vector(p.tail[:]))
+			}
+		}
+	}
+}
+
+func vector(b []byte) (v unix.Iovec) {
+	v.Base = unsafe.SliceData(b)
+	v.SetLen(len(b))
+	return v
+}
+
+// try writes as much of the batch as the socket takes. It is RawConn.Write's function: true ends the write.
+func (s *sender) try(fd uintptr) bool {
+	if len(s.iov) == 0 {
+		s.vectors()
+	}
+	for s.done < len(s.iov) {
+		v := s.iov[s.done:min(len(s.iov), s.done+3*maxBatch)]
+		n, _, errno := syscall.Syscall(syscall.SYS_WRITEV, fd, uintptr(unsafe.Pointer(&v[0])), uintptr(len(v)))
+		switch errno {
+		case 0:
+		case syscall.EINTR:
+			continue
+		case syscall.EAGAIN:
+			return !s.wait
+		default:
+			s.err = errno
+			return true
+		}
+		s.c.seen.Add(uint64(n))
+		for n > 0 {
+			v := &s.iov[s.done]
+			if n < uintptr(v.Len) {
+				v.Base = (*byte)(unsafe.Add(unsafe.Pointer(v.Base), n))
+				v.Len -= uint64(n)
+				break
+			}
+			n -= uintptr(v.Len)
+			s.done++
+		}
+	}
+	return true
+}
+
+// release gives back what the batch held.
+func (s *sender) release() {
+	for i := range s.batch {
+		p := &s.batch[i]
+		p.buf.Put()
+		if p.end != nil {
+			p.end.Release()
+		}
+		p.buf, p.end = uring.Buf{}, nil
+	}
+	s.batch = s.batch[:0]
+}
+
+// discard drops what is queued: the connection is over.
+func (s *sender) discard() {
+	for s.next() {
+		s.release()
+	}
+}
+
+// loop is the goroutine that waits for a full socket.
+func (s *sender) loop() {
+	defer close(s.exited)
+	for range s.wake {
+		s.drain(true)
+	}
+}
+
+// blocked tells whether the socket is full.
+func (s *sender) blocked() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.full
+}
+
+// close drops what is queued and takes no more. The socket is closed: whoever is writing fails at once.
+func (s *sender) close() {
+	s.mu.Lock()
+	s.closed = true
+	idle := !s.writing
+	s.writing = true
+	s.mu.Unlock()
+	if idle {
+		s.discard()
+	}
+}
+
+// wait returns when the sender's goroutine has ended.
+func (s *sender) stop() {
+	close(s.wake)
+	<-s.exited
+}
