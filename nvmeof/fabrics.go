@@ -165,17 +165,23 @@ func (c CAP) CommandSets() bool { return c>>43&1 == 1 }
 
 // CC fields (Base, Controller Configuration).
 const (
-	CCEnable      = 1 << 0
-	CCCSSAll      = 6 << 4 // CSS 110b: all supported I/O command sets
-	CCSHNNormal   = 1 << 14
-	CCIOSQES64    = 6 << 16
-	CCIOCQES16    = 4 << 20
-	CSTSReady     = 1 << 0
-	CSTSFatal     = 1 << 1
-	CSTSSHSTDone  = 2 << 2
-	CSTSSHSTMask  = 3 << 2
-	VersionNVMe20 = 0x00020000
+	CCEnable    = 1 << 0
+	CCCSSAll    = 6 << 4 // CSS 110b: all supported I/O command sets
+	CCSHNNormal = 1 << 14
+	CCIOSQES64  = 6 << 16
+	CCIOCQES16  = 4 << 20
 )
+
+// CSTS fields (Base, Controller Status).
+const (
+	CSTSReady    = 1 << 0
+	CSTSFatal    = 1 << 1
+	CSTSSHSTDone = 2 << 2
+	CSTSSHSTMask = 3 << 2
+)
+
+// VersionNVMe20 is VS of a controller of NVMe 2.0.
+const VersionNVMe20 = 0x00020000
 
 // CCEN, CCCSS, CCSHN take CC apart.
 func CCEN(cc uint32) bool { return cc&1 == 1 }

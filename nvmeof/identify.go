@@ -115,6 +115,7 @@ func (d *IdentifyController) Encode(b []byte) {
 	b[258], b[259], b[261], b[262] = d.ACL, d.AERL, d.LPA, d.ELPE
 	le.PutUint16(b[320:], d.KAS)
 	if d.CNTRLTYPE == ControllerIO {
+		b[260] = 0x03               // FRMW: one firmware slot, read-only
 		b[512], b[513] = 0x66, 0x44 // SQES, CQES
 	}
 	le.PutUint16(b[514:], d.MAXCMD)
@@ -167,8 +168,8 @@ type IdentifyNamespace struct {
 	NSATTR           uint8  // bit 0: write protected
 	NGUID            [16]byte
 	EUI64            [8]byte
-	LBADS            uint8 // log2 of the LBA size in bytes
-	NPWG             uint16
+	LBADS            uint8  // log2 of the LBA size in bytes
+	NPWG             uint16 // preferred write granularity, logical blocks, 0's based
 }
 
 // Encode writes the structure into b (4096 bytes).
@@ -304,6 +305,12 @@ func (d *NamespaceIDs) Decode(b []byte) error {
 
 // KVVersion is the Key Value command set version of CNS 06h, CSI 01h, at offset 0.
 const KVVersion = 0x00010300
+
+// EncodeKVController writes the Key Value command set's Identify Controller structure (CNS 06h, CSI 01h) into b.
+func EncodeKVController(b []byte) {
+	clear(b[:IdentifySize])
+	le.PutUint32(b, KVVersion)
+}
 
 // EncodeNSIDList writes a namespace list (CNS 02h, 07h): those of ids above after, ascending as given, at most 1024.
 func EncodeNSIDList(b []byte, ids []uint32, after uint32) {

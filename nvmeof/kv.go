@@ -54,7 +54,8 @@ type KeyList struct {
 	n uint32
 }
 
-// NewKeyList starts a reply of at most cap(b) bytes in b. With less than 4 bytes nothing fits.
+// NewKeyList starts a reply in b, from its beginning. It may grow to cap(b): slice b with a capacity (b[:0:n]) where the
+// memory behind it is larger than the host's buffer. With less than 4 bytes nothing fits.
 func NewKeyList(b []byte) KeyList {
 	l := KeyList{b: b[:0]}
 	if cap(b) >= 4 {

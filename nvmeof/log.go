@@ -93,10 +93,14 @@ const (
 	SubtypeDiscovery = 3 // the current discovery subsystem
 )
 
-// TREQ bits of a discovery record.
+// TREQ of a discovery record: secure channel in bits 1:0, the rest are flags.
 const (
-	TREQNotRequired    = 2 // secure channel
-	TREQNoFlowControl  = 1 << 2
+	TREQNotRequired   = 2      // a secure channel is not required
+	TREQNoFlowControl = 1 << 2 // disabling SQ flow control is supported
+)
+
+// EFLAGS bits of a discovery record.
+const (
 	EFlagReturnsOwnLog = 1 << 0 // DUPRETINFO
 	EFlagEPCSD         = 1 << 1 // explicit persistent connection supported
 )
@@ -219,23 +223,25 @@ func (e *ErrorEntry) Encode(b []byte) {
 
 // Feature identifiers.
 const (
-	FeatArbitration     = 0x01
-	FeatPower           = 0x02
-	FeatTemperature     = 0x04
-	FeatErrorRecovery   = 0x05
-	FeatWriteCache      = 0x06
-	FeatQueues          = 0x07
-	FeatWriteAtomicity  = 0x0A
-	FeatAsyncEvent      = 0x0B
-	FeatKATO            = 0x0F
-	FeatHostBehavior    = 0x16
-	FeatCommandSet      = 0x19 // I/O Command Set Profile
-	FeatKV              = 0x20 // Key Value Configuration: CDW11 bit 0 EDNEK
-	FeatSoftwareMarker  = 0x80
-	FeatHostID          = 0x81
-	FeatNSWriteProtect  = 0x84
-	FeatSelectSupported = 3 // SEL: supported capabilities
+	FeatArbitration    = 0x01
+	FeatPower          = 0x02
+	FeatTemperature    = 0x04
+	FeatErrorRecovery  = 0x05
+	FeatWriteCache     = 0x06
+	FeatQueues         = 0x07
+	FeatWriteAtomicity = 0x0A
+	FeatAsyncEvent     = 0x0B
+	FeatKATO           = 0x0F
+	FeatHostBehavior   = 0x16
+	FeatCommandSet     = 0x19 // I/O Command Set Profile
+	FeatKV             = 0x20 // Key Value Configuration: CDW11 bit 0 EDNEK
+	FeatSoftwareMarker = 0x80
+	FeatHostID         = 0x81
+	FeatNSWriteProtect = 0x84
 )
+
+// FeatSelectSupported in SEL of Get Features asks for a feature's capabilities.
+const FeatSelectSupported = 3
 
 // FID is the feature identifier, CDW10 bits 7:0.
 func (c *Command) FID() uint8 { return c[40] }
@@ -264,4 +270,11 @@ type DSMRange struct {
 // Decode reads the range from 16 bytes.
 func (r *DSMRange) Decode(b []byte) {
 	r.Blocks, r.SLBA = le.Uint32(b[4:]), le.Uint64(b[8:])
+}
+
+// Encode writes the range into b (16 bytes), without context attributes.
+func (r *DSMRange) Encode(b []byte) {
+	le.PutUint32(b, 0)
+	le.PutUint32(b[4:], r.Blocks)
+	le.PutUint64(b[8:], r.SLBA)
 }

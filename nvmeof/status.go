@@ -26,10 +26,9 @@ const (
 	DataSGLLength        Status = 0x0F // Data SGL Length Invalid
 	SGLTypeInvalid       Status = 0x11 // SGL Descriptor Type Invalid
 	SGLOffsetInvalid     Status = 0x16 // SGL Offset Invalid (in-capsule data)
-	KeepAliveInvalid     Status = 0x18 // Keep Alive Timer Invalid
+	KeepAliveInvalid     Status = 0x1A // Keep Alive Timeout Invalid
 	WriteProtected       Status = 0x20 // Namespace is Write Protected
 	TransientTransport   Status = 0x22
-	InvalidCommandSet    Status = 0x2C // I/O Command Set Not Enabled
 	LBAOutOfRange        Status = 0x80
 	CapacityExceeded     Status = 0x81
 	NamespaceNotReady    Status = 0x82
@@ -48,6 +47,7 @@ const (
 	FeatureNotSaveable      Status = 0x10D
 	FeatureNotChangeable    Status = 0x10E
 	CommandSetRejected      Status = 0x12B // I/O Command Set Combination Rejected
+	InvalidCommandSet       Status = 0x12C // Invalid I/O Command Set
 	ConnectIncompatible     Status = 0x180 // Connect Incompatible Format
 	ConnectBusy             Status = 0x181 // Connect Controller Busy
 	ConnectInvalidParam     Status = 0x182 // Connect Invalid Parameters
@@ -70,8 +70,8 @@ var statusText = map[Status]string{
 	InvalidNamespace: "invalid namespace or format", CommandSequenceError: "command sequence error",
 	InvalidSGLCount: "invalid number of SGL descriptors", DataSGLLength: "data SGL length invalid",
 	SGLTypeInvalid: "SGL descriptor type invalid", SGLOffsetInvalid: "SGL offset invalid",
-	KeepAliveInvalid: "keep alive timer invalid", WriteProtected: "namespace is write protected",
-	TransientTransport: "transient transport error", InvalidCommandSet: "I/O command set not enabled",
+	KeepAliveInvalid: "keep alive timeout invalid", WriteProtected: "namespace is write protected",
+	TransientTransport: "transient transport error", InvalidCommandSet: "invalid I/O command set",
 	LBAOutOfRange: "LBA out of range", CapacityExceeded: "capacity exceeded", NamespaceNotReady: "namespace not ready",
 	InvalidValueSize: "invalid value size", InvalidKeySize: "invalid key size", KeyDoesNotExist: "key does not exist",
 	UnrecoveredError: "unrecovered error", KeyExists: "key exists",

@@ -49,22 +49,50 @@ func (e *TermError) Error() string {
 	return fmt.Sprintf("%s (FES %02Xh, FEI %d)", e.Why, e.FES, e.FEI)
 }
 
-// Fatal error status values.
+// Fatal error status values (FES).
 const (
-	FESInvalidField       = 0x01
-	FESSequence           = 0x02
-	FESHeaderDigest       = 0x03
-	FESDataOutOfRange     = 0x04
-	FESDataLimit          = 0x05 // from a controller: data transfer limit exceeded; from a host: R2T limit exceeded
-	FESUnsupportedParam   = 0x06
-	offFlags, offHLEN     = 1, 2
-	offPDO, offPLEN       = 3, 4
-	offCCCID, offTTAG     = 8, 10
-	offDATAO, offDATAL    = 12, 16
-	offPFV, offDGST       = 8, 11
-	offMaxR2T, offMaxH2C  = 12, 12
-	minH2CData            = 4096
-	digestHeader, digData = 1, 2
+	FESInvalidField     = 0x01
+	FESSequence         = 0x02
+	FESHeaderDigest     = 0x03
+	FESDataOutOfRange   = 0x04
+	FESDataLimit        = 0x05 // from a controller: data transfer limit exceeded; from a host: R2T limit exceeded
+	FESUnsupportedParam = 0x06
+)
+
+// Offsets of the common header's fields.
+const (
+	offType  = 0
+	offFlags = 1
+	offHLEN  = 2
+	offPDO   = 3
+	offPLEN  = 4
+)
+
+// Offsets in ICReq and ICResp, and what their DGST and MAXH2CDATA fields hold.
+const (
+	offPFV  = 8
+	offPDA  = 10 // HPDA, CPDA
+	offDGST = 11
+	offMax  = 12 // MAXR2T, MAXH2CDATA
+
+	dgstHeader = 1 << 0
+	dgstData   = 1 << 1
+	maxPDA     = 31
+	minH2CData = 4096
+)
+
+// Offsets in a data PDU or R2T.
+const (
+	offCCCID = 8
+	offTTAG  = 10
+	offDATAO = 12
+	offDATAL = 16
+)
+
+// Offsets in a termination request.
+const (
+	offFES = 8
+	offFEI = 10
 )
 
 // PDU is a decoded PDU header. It says where the data lies; the type specific fields are in Raw.
@@ -85,26 +113,29 @@ var headerLen = [...]uint8{PDUICReq: ICSize, PDUICResp: ICSize, PDUH2CTermReq: D
 type Digests struct{ Header, Data bool }
 
 // HeaderSize validates the 8-byte common header and returns how many bytes the header takes in all, header digest
-// included. h2c tells the direction: PDU types of the other one are a sequence error.
+// included. h2c tells the direction: PDU types of the other one are invalid. Like [DecodePDU], it reports the first
+// field in error. The answer to an error in a termination request is to close the connection, not another request.
 func HeaderSize(b []byte, h2c bool, dg Digests) (int, *TermError) {
-	t := b[0]
+	t, flags := b[offType], b[offFlags]
 	if int(t) >= len(headerLen) || headerLen[t] == 0 {
-		return 0, &TermError{FESInvalidField, 0, fmt.Sprintf("unknown PDU type %02Xh", t)}
+		return 0, &TermError{FESInvalidField, offType, fmt.Sprintf("unknown PDU type %02Xh", t)}
 	}
 	if fromHost := t == PDUICReq || t == PDUH2CTermReq || t == PDUCapsuleCmd || t == PDUH2CData; fromHost != h2c {
-		return 0, &TermError{FESSequence, 0, fmt.Sprintf("PDU type %02Xh from the wrong side", t)}
+		return 0, &TermError{FESInvalidField, offType, fmt.Sprintf("PDU type %02Xh from the wrong side", t)}
+	}
+	n := int(headerLen[t])
+	if hasDigest(t) {
+		switch {
+		case dg.Header && flags&FlagHDGST == 0:
+			return 0, &TermError{FESInvalidField, offFlags, "header digest is missing"}
+		case !dg.Header && flags&FlagHDGST != 0:
+			return 0, &TermError{FESInvalidField, offFlags, "header digest was not negotiated"}
+		case dg.Header:
+			n += DigestSize
+		}
 	}
 	if b[offHLEN] != headerLen[t] {
 		return 0, &TermError{FESInvalidField, offHLEN, fmt.Sprintf("HLEN %d of PDU type %02Xh", b[offHLEN], t)}
-	}
-	n := int(headerLen[t])
-	if dg.Header && hasDigest(t) {
-		if b[offFlags]&FlagHDGST == 0 {
-			return 0, &TermError{FESInvalidField, offFlags, "header digest is missing"}
-		}
-		n += DigestSize
-	} else if b[offFlags]&FlagHDGST != 0 && hasDigest(t) {
-		return 0, &TermError{FESInvalidField, offFlags, "header digest was not negotiated"}
 	}
 	return n, nil
 }
@@ -112,7 +143,8 @@ func HeaderSize(b []byte, h2c bool, dg Digests) (int, *TermError) {
 // hasDigest tells which PDU types carry digests: all but connection set-up and termination.
 func hasDigest(t uint8) bool { return t >= PDUCapsuleCmd }
 
-// DecodePDU validates a header of HeaderSize bytes, its digest and its lengths. DataLen tells how much data follows.
+// DecodePDU validates a header of HeaderSize bytes, its digest and its lengths. DataLen tells how much data follows;
+// it may be up to 4 GiB, the caller sets the limit.
 func DecodePDU(b []byte, dg Digests) (p PDU, err *TermError) {
 	p = PDU{Type: b[0], Flags: b[offFlags], HLEN: b[offHLEN], PDO: b[offPDO], PLEN: le.Uint32(b[offPLEN:]), Raw: b[:b[offHLEN]]}
 	end := uint32(p.HLEN)
@@ -139,17 +171,18 @@ func DecodePDU(b []byte, dg Digests) (p PDU, err *TermError) {
 			}
 			break
 		}
-		if uint32(p.PDO) < end || p.PDO%4 != 0 {
-			return p, &TermError{FESInvalidField, offPDO, fmt.Sprintf("PDO %d", p.PDO)}
-		}
 		tail := uint32(0)
 		if dg.Data {
 			tail = DigestSize
 		}
-		if dg.Data != (p.Flags&FlagDDGST != 0) {
+		switch {
+		case dg.Data != (p.Flags&FlagDDGST != 0):
 			return p, &TermError{FESInvalidField, offFlags, "data digest flag differs from what was negotiated"}
-		}
-		if p.PLEN <= uint32(p.PDO)+tail {
+		case p.Type == PDUC2HData && p.Flags&(FlagLast|FlagSuccess) == FlagSuccess:
+			return p, &TermError{FESInvalidField, offFlags, "SUCCESS on a PDU that is not the last"}
+		case uint32(p.PDO) < end || p.PDO%4 != 0:
+			return p, &TermError{FESInvalidField, offPDO, fmt.Sprintf("PDO %d", p.PDO)}
+		case p.PLEN <= uint32(p.PDO)+tail:
 			return p, &TermError{FESInvalidField, offPLEN, fmt.Sprintf("PLEN %d with PDO %d", p.PLEN, p.PDO)}
 		}
 		if n := p.PLEN - uint32(p.PDO) - tail; p.Type != PDUCapsuleCmd && n != p.DATAL() {
@@ -160,12 +193,9 @@ func DecodePDU(b []byte, dg Digests) (p PDU, err *TermError) {
 }
 
 // DataLen is the number of data bytes the PDU carries, without padding and digest.
+// What follows the header of a termination request is not data: it is a copy of the header in error, for people.
 func (p *PDU) DataLen() uint32 {
-	end := uint32(p.HLEN)
-	if p.Flags&FlagHDGST != 0 {
-		end += DigestSize
-	}
-	if p.PLEN <= end || p.Type < PDUCapsuleCmd {
+	if !hasDigest(p.Type) || p.PLEN <= p.end() {
 		return 0
 	}
 	n := p.PLEN - uint32(p.PDO)
@@ -175,13 +205,20 @@ func (p *PDU) DataLen() uint32 {
 	return n
 }
 
-// Pad is the number of padding bytes between the header (and its digest) and the data.
+// Pad is the number of padding bytes between the header (and its digest) and the data; 0 when there is no data.
 func (p *PDU) Pad() int {
-	n := int(p.HLEN)
-	if p.Flags&FlagHDGST != 0 {
-		n += DigestSize
+	if p.DataLen() == 0 {
+		return 0
 	}
-	return max(int(p.PDO)-n, 0)
+	return int(p.PDO) - int(p.end())
+}
+
+// end is where the header and its digest end.
+func (p *PDU) end() uint32 {
+	if p.Flags&FlagHDGST != 0 {
+		return uint32(p.HLEN) + DigestSize
+	}
+	return uint32(p.HLEN)
 }
 
 // CCCID is the command identifier of a data PDU or R2T.
@@ -198,7 +235,7 @@ func (p *PDU) DATAL() uint32 { return le.Uint32(p.Raw[offDATAL:]) }
 
 // Term decodes a termination request.
 func (p *PDU) Term() TermError {
-	return TermError{FES: le.Uint16(p.Raw[8:]), FEI: le.Uint32(p.Raw[10:]), Why: "the peer ended the connection"}
+	return TermError{FES: le.Uint16(p.Raw[offFES:]), FEI: le.Uint32(p.Raw[offFEI:]), Why: "the peer ended the connection"}
 }
 
 // castagnoli is the CRC32C table; digests are CRC32C without further inversion (TCP, Data Digest).
@@ -218,14 +255,14 @@ type IC struct {
 // DecodeIC reads an ICReq or ICResp.
 func DecodeIC(p *PDU) (ic IC, err *TermError) {
 	b := p.Raw
-	ic = IC{PFV: le.Uint16(b[offPFV:]), PDA: b[10], Digest: Digests{b[offDGST]&digestHeader != 0, b[offDGST]&digData != 0}, Max: le.Uint32(b[offMaxR2T:])}
+	ic = IC{PFV: le.Uint16(b[offPFV:]), PDA: b[offPDA], Digest: Digests{b[offDGST]&dgstHeader != 0, b[offDGST]&dgstData != 0}, Max: le.Uint32(b[offMax:])}
 	switch {
 	case ic.PFV != 0:
 		return ic, &TermError{FESUnsupportedParam, offPFV, fmt.Sprintf("PDU format version %d", ic.PFV)}
-	case ic.PDA > 31:
-		return ic, &TermError{FESInvalidField, 10, fmt.Sprintf("data alignment %d", ic.PDA)}
+	case ic.PDA > maxPDA:
+		return ic, &TermError{FESInvalidField, offPDA, fmt.Sprintf("data alignment %d", ic.PDA)}
 	case p.Type == PDUICResp && (ic.Max < minH2CData || ic.Max%4 != 0):
-		return ic, &TermError{FESInvalidField, offMaxH2C, fmt.Sprintf("MAXH2CDATA %d", ic.Max)}
+		return ic, &TermError{FESInvalidField, offMax, fmt.Sprintf("MAXH2CDATA %d", ic.Max)}
 	}
 	return ic, nil
 }
@@ -235,14 +272,14 @@ func EncodeIC(b []byte, t uint8, ic IC) {
 	clear(b[:ICSize])
 	putHeader(b, t, 0, 0, ICSize)
 	le.PutUint16(b[offPFV:], ic.PFV)
-	b[10] = ic.PDA
+	b[offPDA] = ic.PDA
 	if ic.Digest.Header {
-		b[offDGST] |= digestHeader
+		b[offDGST] |= dgstHeader
 	}
 	if ic.Digest.Data {
-		b[offDGST] |= digData
+		b[offDGST] |= dgstData
 	}
-	le.PutUint32(b[offMaxR2T:], ic.Max)
+	le.PutUint32(b[offMax:], ic.Max)
 }
 
 func putHeader(b []byte, t, flags, pdo uint8, plen uint32) {
@@ -251,12 +288,13 @@ func putHeader(b []byte, t, flags, pdo uint8, plen uint32) {
 }
 
 // AppendTerm appends a termination request of type t; header is the PDU header in error, at most 128 bytes are kept.
+// SPDK takes a request without any for malformed.
 func AppendTerm(b []byte, t uint8, e *TermError, header []byte) []byte {
 	header = header[:min(len(header), 128)]
 	var h [DataPDUSize]byte
 	putHeader(h[:], t, 0, 0, uint32(DataPDUSize+len(header)))
-	le.PutUint16(h[8:], e.FES)
-	le.PutUint32(h[10:], e.FEI)
+	le.PutUint16(h[offFES:], e.FES)
+	le.PutUint32(h[offFEI:], e.FEI)
 	return append(append(b, h[:]...), header...)
 }
 
