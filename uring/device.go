@@ -108,13 +108,17 @@ func (o *Op) size() int64 {
 
 // check refuses what lies outside the device or off its alignment.
 func (o *Op) check(size, align int64) error {
-	n := o.size()
+	n, mem := o.size(), int64(0)
+	if o.Kind == OpRead || o.Kind == OpWrite {
+		mem = int64(address(o.Data))
+	}
 	switch {
 	case o.Kind > OpZero:
 		return fmt.Errorf("uring: %w: no operation %d", ErrInvalid, o.Kind)
-	case o.Off < 0 || n < 0 || o.Off > size || n > size-o.Off:
+	case o.Kind != OpFlush && (o.Off < 0 || n < 0 || o.Off > size || n > size-o.Off):
 		return fmt.Errorf("uring: %w: %v of %d bytes at %d on a device of %d", ErrInvalid, o.Kind, n, o.Off, size)
-	case o.Kind != OpFlush && (int64(address(o.Data))|n|o.Off)&(align-1) != 0:
+	case o.Kind == OpFlush:
+	case (mem|n|o.Off)&(align-1) != 0:
 		return fmt.Errorf("uring: %w: %v of %d bytes at %d is not aligned to %d, or its memory is not", ErrInvalid, o.Kind, n, o.Off, align)
 	}
 	return nil

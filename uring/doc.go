@@ -10,8 +10,10 @@
 // fills submission queue entries and enters the kernel for all: a lone op costs
 // one system call, and under contention calls batch by themselves. One
 // goroutine per ring takes completions; it sleeps in Go's netpoller on the
-// eventfd registered with the ring, so an idle device costs no CPU. A memory
-// device has no goroutine: its ops complete inside Submit.
+// eventfd registered with the ring, so an idle device costs no CPU. It does not
+// spin first: for 4 KiB and 2 MiB transfers on a drive that answers in 50 µs,
+// spinning 20 or 50 µs brought no lower latency and more CPU. A memory device
+// has no goroutine: its ops complete inside Submit.
 //
 // # Kernel interface
 //
