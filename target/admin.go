@@ -145,7 +145,7 @@ func (k *Controller) identifyData(b []byte, cns uint8, nsid uint32, csi nvmeof.C
 	default:
 		d := nvmeof.IdentifyNamespace{NSZE: n.blocks, NCAP: n.blocks, NUSE: n.usage() >> n.lbads, NMIC: 1, NSATTR: n.nsattr(), NGUID: n.NGUID, LBADS: n.lbads}
 		if n.zeroAfterDiscard() {
-			d.DLFEAT = 1
+			d.DLFEAT = 1 | 1<<3 // and Write Zeroes takes the DEAC bit
 		}
 		d.Encode(b)
 	}

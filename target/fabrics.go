@@ -60,6 +60,8 @@ func (q *Queue) connect(r *Request) {
 
 // invalidParam refuses a Connect and names the field: its offset in bytes in the data or in the command.
 func invalidParam(r *Request, off uint16, inData bool) {
+	r.queue.target.log.Warn("connect refused: invalid parameter", "offset", off, "in_data", inData, "peer", r.queue.conn.Name(),
+		"qid", r.Cmd.ConnectQID(), "sqsize", r.Cmd.ConnectSQSIZE())
 	r.complete(nvmeof.ConnectInvalidParam|nvmeof.DNR, nvmeof.ConnectInvalidDW0(off, inData))
 }
 
@@ -73,7 +75,7 @@ func (q *Queue) connectable(r *Request, d *nvmeof.ConnectData, maxSize int) *sub
 		invalidParam(r, nvmeof.ConnectOffSQSIZE, false)
 		return nil
 	}
-	if d.HostNQN == "" || len(d.HostNQN) > nvmeof.MaxNQN {
+	if len(d.HostNQN) > nvmeof.MaxNQN { // an empty one is spdk_nvme_perf
 		invalidParam(r, nvmeof.ConnectOffHOSTNQN, true)
 		return nil
 	}
