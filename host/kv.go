@@ -1,0 +1,172 @@
+package host
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"iter"
+	"math"
+
+	"github.com/kvof/kvof/nvmeof"
+)
+
+// KV is a Key Value namespace. Keys are 1 to 16 opaque bytes, and their length is part of their identity.
+type KV struct {
+	c  *Controller
+	ns Namespace
+}
+
+// StoreMode is a condition on a Store.
+type StoreMode uint8
+
+// The zero StoreMode stores in any case.
+const (
+	StoreAlways   StoreMode = 0
+	StoreIfExists StoreMode = nvmeof.StoreIfExists // else nvmeof.KeyDoesNotExist
+	StoreIfAbsent StoreMode = nvmeof.StoreIfAbsent // else nvmeof.KeyExists
+)
+
+// Info describes the namespace as it was when it was opened.
+func (k *KV) Info() Namespace { return k.ns }
+
+// MaxValue is the largest value in bytes that one Store takes: the namespace's limit or the controller's MDTS.
+func (k *KV) MaxValue() uint64 {
+	m := k.c.MaxTransfer()
+	switch v := k.ns.MaxValue; {
+	case v == 0:
+		return m
+	case m == 0:
+		return v
+	default:
+		return min(v, m)
+	}
+}
+
+func (k *KV) command(op uint8, key []byte, buf []byte, option uint8) (cmd nvmeof.Command, err error) {
+	if len(key) > nvmeof.MaxKeyLen || len(key) == 0 && op != nvmeof.OpList {
+		return cmd, nvmeof.InvalidKeySize
+	}
+	if len(buf) > math.MaxUint32 {
+		return cmd, nvmeof.InvalidValueSize
+	}
+	cmd.SetHeader(op, 0, k.ns.NSID)
+	cmd.SetKey(key)
+	cmd.SetKV(uint32(len(buf)), option)
+	return cmd, nil
+}
+
+// Store stores a value, empty ones too. value must not change until Store returns. When ctx ends before the value
+// has been sent, the connection is given up with it.
+func (k *KV) Store(ctx context.Context, key, value []byte, m StoreMode) error {
+	cmd, err := k.command(nvmeof.OpStore, key, value, uint8(m))
+	if err != nil {
+		return err
+	}
+	_, _, err = k.c.IO(ctx, &cmd, value)
+	return err
+}
+
+// Retrieve reads a value into buf and returns its full size, which may be more than len(buf): then buf holds its
+// first bytes. An empty buf asks for the size only.
+func (k *KV) Retrieve(ctx context.Context, key, buf []byte) (size int, err error) {
+	cmd, err := k.command(nvmeof.OpRetrieve, key, buf, 0)
+	if err != nil {
+		return 0, err
+	}
+	cqe, n, err := k.c.IO(ctx, &cmd, buf)
+	if err != nil {
+		return 0, err
+	}
+	size = int(cqe.DW0())
+	if n != min(size, len(buf)) {
+		return 0, protocolError("retrieve of a %d-byte value into %d bytes brought %d", size, len(buf), n)
+	}
+	return size, nil
+}
+
+// Exist reports whether a key is present.
+func (k *KV) Exist(ctx context.Context, key []byte) (bool, error) {
+	cmd, err := k.command(nvmeof.OpExist, key, nil, 0)
+	if err != nil {
+		return false, err
+	}
+	cqe, _, err := k.c.submit(ctx, &cmd, nil)
+	if err == nil && cqe.Status().Code() == nvmeof.KeyDoesNotExist {
+		return false, nil
+	}
+	err = statusError(cqe, err)
+	return err == nil, err
+}
+
+// Delete deletes a key. Whether deleting an absent key is an error ([nvmeof.KeyDoesNotExist]) is a setting of the
+// namespace (EDNEK).
+func (k *KV) Delete(ctx context.Context, key []byte) error {
+	cmd, err := k.command(nvmeof.OpDelete, key, nil, 0)
+	if err != nil {
+		return err
+	}
+	_, _, err = k.c.IO(ctx, &cmd, nil)
+	return err
+}
+
+// Flush makes all completed stores durable.
+func (k *KV) Flush(ctx context.Context) error { return flush(ctx, k.c, k.ns.NSID) }
+
+func flush(ctx context.Context, c *Controller, nsid uint32) error {
+	var cmd nvmeof.Command
+	cmd.SetHeader(nvmeof.OpFlush, 0, nsid)
+	_, _, err := c.IO(ctx, &cmd, nil)
+	return err
+}
+
+// listBuffer holds 3276 keys of 16 bytes.
+const listBuffer = 64 << 10
+
+// List yields all keys from the first that is not below from, in the target's order; nil from begins at the start.
+// The order is stable, but keys stored or deleted meanwhile may be missed. Each key is valid until the next.
+func (k *KV) List(ctx context.Context, from []byte) iter.Seq2[[]byte, error] {
+	return func(yield func([]byte, error) bool) {
+		size := uint64(listBuffer)
+		if m := k.c.MaxTransfer(); m != 0 {
+			size = min(size, m)
+		}
+		buf := make([]byte, size)
+		last := bytes.Clone(from)
+		for first := true; ; first = false {
+			n, err := k.listPage(ctx, last, buf)
+			if err != nil {
+				yield(nil, err)
+				return
+			}
+			fresh := 0
+			err = nvmeof.DecodeKeyList(buf[:n], func(key []byte) bool {
+				if !first && fresh == 0 && bytes.Equal(key, last) {
+					return true // where the last page ended
+				}
+				fresh++
+				last = append(last[:0], key...)
+				if !yield(key, nil) {
+					fresh = -1
+				}
+				return fresh > 0
+			})
+			if err != nil {
+				yield(nil, fmt.Errorf("%w: %w", ErrProtocol, err))
+				return
+			}
+			if fresh <= 0 {
+				return
+			}
+		}
+	}
+}
+
+// listPage reads one List reply.
+func (k *KV) listPage(ctx context.Context, from, buf []byte) (int, error) {
+	cmd, err := k.command(nvmeof.OpList, from, buf, 0)
+	if err != nil {
+		return 0, err
+	}
+	_, n, err := k.c.IO(ctx, &cmd, buf)
+	return n, err
+}
