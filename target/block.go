@@ -3,6 +3,7 @@ package target
 import (
 	"bytes"
 	"errors"
+	"sync"
 
 	"github.com/kvof/kvof/nvmeof"
 	"github.com/kvof/kvof/uring"
@@ -111,8 +112,45 @@ func write(r *Request) {
 	s := r.stream
 	if !r.ns.inline {
 		r.queue.reserve(r, streamBytes(s.left))
+		if s.op == nvmeof.OpCompare {
+			r.ns.shadow.open(r.ns.arena) // now: nobody holds a piece while he waits for another
+		}
 	}
 	r.receive(uint32(s.left), s, written)
+}
+
+// shadow is the memory that a namespace's Compares read the device into, one at a time.
+type shadow struct {
+	mu  sync.Mutex
+	buf uring.Buf // since the first Compare
+	op  uring.Op
+}
+
+func (s *shadow) open(arena *uring.Arena) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.buf.Data == nil {
+		s.buf = arena.Get(uring.LargeBuf)
+	}
+}
+
+// compare compares b with the device's bytes at off.
+func (n *namespace) compare(off int64, b []byte) error {
+	have := n.dev.View(off, int64(len(b)))
+	if have == nil {
+		s := &n.shadow
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		have = s.buf.Data[:len(b)]
+		s.op.Kind, s.op.Off, s.op.Data = uring.OpRead, off, have
+		if err := s.op.Do(n.dev); err != nil {
+			return err
+		}
+	}
+	if !bytes.Equal(b, have) {
+		return errMiscompare
+	}
+	return nil
 }
 
 // written ends a Write or Compare whose data is there.
@@ -134,8 +172,7 @@ func writeZeroes(r *Request) {
 	if r.Cmd.DW(12)&deac != 0 && r.ns.zeroAfterDiscard() {
 		op.Kind = uring.OpDiscard
 	}
-	r.ns.dev.Submit(op)
-	r.complete(statusOf(op.Wait()), 0)
+	r.complete(statusOf(op.Do(r.ns.dev)), 0)
 }
 
 // zeroAfterDiscard tells whether deallocated blocks read as zeroes, as they do in files and memory.
@@ -178,8 +215,7 @@ func deallocate(r *Request) {
 				continue
 			}
 			op.Kind, op.Off, op.Len = uring.OpDiscard, int64(g.SLBA<<n.lbads), int64(g.Blocks)<<n.lbads
-			n.dev.Submit(&op)
-			err = op.Wait()
+			err = op.Do(n.dev)
 		}
 	}
 	r.complete(statusOf(err), 0)
@@ -199,11 +235,11 @@ type stream struct {
 	off, left int64 // the part not yet started
 	err       error // the first
 
-	ops          [window]uring.Op
-	bufs, shadow [window]uring.Buf // shadow: what Compare reads
-	head, tail   int               // ops[head%window] is the oldest in flight
-	cur          uring.Buf         // being filled
-	filled       int
+	ops        [window]uring.Op
+	bufs       [window]uring.Buf
+	head, tail int       // ops[head%window] is the oldest in flight
+	cur        uring.Buf // being filled
+	filled     int
 }
 
 func (s *stream) reset(n *namespace, op uint8, off, length int64) {
@@ -213,15 +249,15 @@ func (s *stream) reset(n *namespace, op uint8, off, length int64) {
 func (s *stream) busy() int { return s.tail - s.head }
 
 // start submits a device operation on the next piece.
-func (s *stream) start(kind uring.OpKind, b, data uring.Buf) {
+func (s *stream) start(kind uring.OpKind, b uring.Buf) {
 	i := s.tail % window
 	s.bufs[i] = b
 	op := &s.ops[i]
-	op.Kind, op.Off, op.Data = kind, s.off, data.Data
-	s.off += int64(len(data.Data))
-	s.left -= int64(len(data.Data))
+	op.Kind, op.Off, op.Data = kind, s.off, b.Data
+	s.off += int64(len(b.Data))
+	s.left -= int64(len(b.Data))
 	s.tail++
-	s.ns.dev.Submit(op)
+	op.Start(s.ns.dev)
 }
 
 // retire waits for the oldest operation and returns its piece.
@@ -230,13 +266,7 @@ func (s *stream) retire() uring.Buf {
 	err := s.ops[i].Wait()
 	s.head++
 	b := s.bufs[i]
-	if s.op == nvmeof.OpCompare {
-		if err == nil && !bytes.Equal(b.Data, s.shadow[i].Data) {
-			err = errMiscompare
-		}
-		s.shadow[i].Put()
-	}
-	s.bufs[i], s.shadow[i] = uring.Buf{}, uring.Buf{}
+	s.bufs[i] = uring.Buf{}
 	if s.err == nil {
 		s.err = err
 	}
@@ -255,7 +285,7 @@ func (s *stream) next() (uring.Buf, error) {
 			}
 			b = s.ns.arena.Get(n)
 		}
-		s.start(uring.OpRead, b, b)
+		s.start(uring.OpRead, b)
 	}
 	if s.busy() == 0 {
 		return uring.Buf{}, nil
@@ -295,12 +325,15 @@ func (s *stream) Filled(n int) {
 	b := s.cur
 	s.cur, s.filled = uring.Buf{}, 0
 	if s.op == nvmeof.OpCompare {
-		shadow := s.ns.arena.Get(len(b.Data))
-		s.shadow[s.tail%window] = shadow
-		s.start(uring.OpRead, b, shadow)
+		if s.err == nil {
+			s.err = s.ns.compare(s.off, b.Data)
+		}
+		s.off += int64(len(b.Data))
+		s.left -= int64(len(b.Data))
+		b.Put()
 		return
 	}
-	s.start(uring.OpWrite, b, b)
+	s.start(uring.OpWrite, b)
 }
 
 // finish waits for what is in flight and returns the first error.

@@ -28,6 +28,8 @@ type namespace struct {
 	ednek  atomic.Bool    // feature 20h
 	stats  commandStats
 	users  sync.WaitGroup // commands in flight
+	shadow shadow
+	pulse  pulse
 }
 
 // openNamespace opens the device and, for a Key Value namespace, the store on it.
@@ -68,6 +70,7 @@ func openNamespace(c configs.Namespace, arena *uring.Arena) (*namespace, error) 
 // close waits for the commands in flight and closes store and device.
 func (n *namespace) close() error {
 	n.users.Wait()
+	n.shadow.buf.Put()
 	var err error
 	if n.store != nil {
 		err = n.store.Close()
@@ -94,8 +97,7 @@ func (n *namespace) flush() error {
 	}
 	var op uring.Op
 	op.Kind = uring.OpFlush
-	n.dev.Submit(&op)
-	return op.Wait()
+	return op.Do(n.dev)
 }
 
 // usage returns the bytes in use, for NUSE.
