@@ -98,6 +98,7 @@ func (c *conn) Close(reason string) {
 
 // serve runs the connection until it ends.
 func (c *conn) serve() {
+	go c.tx.loop()
 	_ = c.nc.SetDeadline(time.Now().Add(setupTime))
 	err := c.run()
 	reason := ""
@@ -129,7 +130,7 @@ func (c *conn) run() error {
 		err = c.readPDU()
 	}
 	var te *nvmeof.TermError
-	if errors.As(err, &te) {
+	if errors.As(err, &te) && c.buf[c.r] != nvmeof.PDUH2CTermReq { // a wrong termination request is not answered
 		c.terminate(te)
 	}
 	return err
@@ -278,9 +279,13 @@ func (c *conn) Pull(r *target.Request) {
 		c.waiting = append(c.waiting, r)
 		c.xmu.Unlock()
 	default:
+		// With xmu held: a host that guesses the tag and sends before the R2T must not end the command meanwhile.
 		c.begin(r)
+		flush := c.tx.r2t(r)
 		c.xmu.Unlock()
-		c.tx.r2t(r)
+		if flush {
+			c.tx.flush()
+		}
 	}
 }
 
@@ -313,6 +318,9 @@ func (c *conn) data(p *nvmeof.PDU) error {
 		return &nvmeof.TermError{FES: nvmeof.FESInvalidField, FEI: 1, Why: "LAST_PDU flag of H2CData is wrong"}
 	}
 	crc, digest := uint32(0), c.dg.Data
+	if _, err := c.peek(int(p.PDO)); err != nil { // the padding is not part of the header
+		return err
+	}
 	c.r += int(p.PDO)
 	for left := int(n); left > 0; {
 		b := x.r.Buffer(left)
@@ -356,8 +364,8 @@ func (c *conn) endTransfer(x *transfer) {
 		c.begin(next)
 	}
 	c.xmu.Unlock()
-	if next != nil {
-		c.tx.r2t(next)
+	if next != nil && c.tx.r2t(next) {
+		c.tx.flush()
 	}
 	r.Received(st)
 }
@@ -436,7 +444,7 @@ func (c *conn) terminate(te *nvmeof.TermError) {
 }
 
 // checkStall ends the connection when the host owes us bytes, or takes none of ours, and nothing has moved for
-// stallLimit. It is called once in every period d.
+// the listener's limit. It is called once in every period d.
 func (c *conn) checkStall(d time.Duration) {
 	c.xmu.Lock()
 	owed := len(c.xfers) > 0
@@ -446,7 +454,7 @@ func (c *conn) checkStall(d time.Duration) {
 		c.last, c.still = seen, 0
 		return
 	}
-	if c.still += d; c.still >= stallLimit {
+	if c.still += d; c.still >= c.l.stall {
 		c.l.log.Warn("connection stalled", "peer", c.name, "after", c.still)
 		c.Close("the peer stalled")
 	}

@@ -19,7 +19,7 @@ import (
 )
 
 // stallLimit ends a connection whose peer owes us bytes, or takes none of ours, for this long.
-const stallLimit = 30 * time.Second
+var stallLimit = 30 * time.Second
 
 // Listener accepts NVMe/TCP connections on one port.
 type Listener struct {
@@ -27,6 +27,7 @@ type Listener struct {
 	port   *target.Port
 	ln     net.Listener
 	log    *slog.Logger
+	stall  time.Duration // stallLimit
 
 	mu     sync.Mutex
 	conns  map[*conn]struct{}
@@ -43,7 +44,7 @@ func Listen(t *target.Target, ln net.Listener, discovery bool, log *slog.Logger)
 		addr = a.AddrPort()
 		addr = netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port())
 	}
-	l := &Listener{target: t, ln: ln, log: log, conns: map[*conn]struct{}{}, stop: make(chan struct{}),
+	l := &Listener{target: t, ln: ln, log: log, stall: stallLimit, conns: map[*conn]struct{}{}, stop: make(chan struct{}),
 		port: &target.Port{TRType: nvmeof.TRTypeTCP, Address: addr, Discovery: discovery}}
 	t.AddPort(l.port)
 	l.wg.Add(2)
@@ -104,7 +105,7 @@ func (l *Listener) serve(nc net.Conn) {
 // watch ends connections that are stalled.
 func (l *Listener) watch() {
 	defer l.wg.Done()
-	const every = stallLimit / 6
+	every := l.stall / 6
 	tick := time.NewTicker(every)
 	defer tick.Stop()
 	for {

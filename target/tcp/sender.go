@@ -24,6 +24,7 @@ type sender struct {
 	queue   []pdu // to be written
 	writing bool  // somebody is
 	closed  bool
+	quiet   sync.Cond // nobody is writing any more
 
 	// Those of whoever is writing.
 	batch   []pdu
@@ -51,7 +52,7 @@ func (s *sender) init(c *conn) {
 	s.attempt = s.try
 	s.wake = make(chan struct{}, 1)
 	s.exited = make(chan struct{})
-	go s.loop()
+	s.quiet.L = &s.mu
 }
 
 // add queues a PDU and returns it for the caller to fill, with mu held; nil when the connection is over.
@@ -111,27 +112,25 @@ func (c *conn) Complete(r *target.Request) {
 	}
 }
 
-// r2t asks the host for a command's data.
-func (s *sender) r2t(r *target.Request) {
+// r2t queues the request for a command's data and tells whether the caller must flush. Once r2t has returned the
+// command may be over at any time.
+func (s *sender) r2t(r *target.Request) (flush bool) {
 	p := s.add()
 	if p == nil {
-		return
+		return false
 	}
 	p.n = nvmeof.EncodeR2T(p.head[:], r.Cmd.CID(), r.Tag, 0, r.PullLength, s.c.dg)
-	async := r.Async
+	flush = r.Async
 	s.mu.Unlock()
-	if async {
-		s.flush()
-	}
+	return flush
 }
 
-// term writes a termination request, best effort, after what is queued.
+// term sends a termination request, at most MaxTermSize bytes, after what is queued.
 func (s *sender) term(b []byte) {
-	s.mu.Lock()
-	idle := !s.writing && !s.closed
-	s.mu.Unlock()
-	if idle {
-		_, _ = s.c.nc.Write(b)
+	if p := s.add(); p != nil {
+		p.n = copy(p.head[:], b)
+		s.mu.Unlock()
+		s.flush()
 	}
 }
 
@@ -187,6 +186,7 @@ func (s *sender) next() bool {
 	s.full = false
 	if len(s.queue) == 0 {
 		s.writing = false
+		s.quiet.Broadcast()
 		return false
 	}
 	s.batch, s.queue = s.queue, s.batch[:0]
@@ -294,8 +294,13 @@ func (s *sender) close() {
 	}
 }
 
-// wait returns when the sender's goroutine has ended.
+// stop returns when nobody writes any more, everything is given back, and the sender's goroutine has ended.
 func (s *sender) stop() {
+	s.mu.Lock()
+	for s.writing {
+		s.quiet.Wait()
+	}
+	s.mu.Unlock()
 	close(s.wake)
 	<-s.exited
 }
