@@ -107,7 +107,9 @@ func (q *Queue) connectAdmin(r *Request, d *nvmeof.ConnectData) {
 		r.complete(nvmeof.ConnectBusy, 0)
 		return
 	}
+	k.mu.Lock()
 	q.attach(r, k)
+	k.mu.Unlock()
 	k.setKATO(time.Duration(r.Cmd.ConnectKATO()) * time.Millisecond)
 	q.target.log.Debug("controller connected", "cntlid", k.ID, "host", k.HostNQN, "subsystem", s.NQN, "peer", q.conn.Name())
 	r.complete(nvmeof.Success, uint32(k.ID))

@@ -23,10 +23,10 @@ func (h *Histogram) observe(d time.Duration) {
 
 // HistogramSnapshot is a histogram at one moment.
 type HistogramSnapshot struct {
-	Count  uint64
-	Sum    time.Duration
-	Bounds []time.Duration // upper bounds, exclusive
-	Counts []uint64        // one for each bound, and one more for what is above
+	Count  uint64          `json:"count"`
+	Sum    time.Duration   `json:"sum_ns"`
+	Bounds []time.Duration `json:"bounds_ns"` // upper bounds, exclusive
+	Counts []uint64        `json:"counts"`    // one for each bound, and one more for what is above
 }
 
 func (h *Histogram) snapshot() (s HistogramSnapshot) {

@@ -18,10 +18,11 @@ type subsystem struct {
 	mu         sync.RWMutex
 	cfg        configs.Subsystem
 	namespaces map[uint32]*namespace
+	failed     map[uint32]error // why configured namespaces could not be opened
 }
 
 func newSubsystem(c configs.Subsystem) *subsystem {
-	return &subsystem{NQN: c.NQN, cfg: c, namespaces: map[uint32]*namespace{}}
+	return &subsystem{NQN: c.NQN, cfg: c, namespaces: map[uint32]*namespace{}, failed: map[uint32]error{}}
 }
 
 // allows tells whether a host may connect.
@@ -69,6 +70,7 @@ func (s *subsystem) apply(c configs.Subsystem, arena *uring.Arena) (changed []ui
 	}
 	s.mu.Lock()
 	s.cfg = c
+	clear(s.failed)
 	var closing []*namespace
 	for id, n := range s.namespaces {
 		if w, ok := want[id]; ok && w == n.Namespace {
@@ -88,6 +90,9 @@ func (s *subsystem) apply(c configs.Subsystem, arena *uring.Arena) (changed []ui
 		n, err := openNamespace(want[id], arena)
 		if err != nil {
 			errs = append(errs, err)
+			s.mu.Lock()
+			s.failed[id] = err
+			s.mu.Unlock()
 			continue
 		}
 		s.mu.Lock()
