@@ -70,9 +70,7 @@ func (k *Controller) busy() bool {
 	k.mu.Unlock()
 	n := 0
 	for _, q := range qs {
-		q.mu.Lock()
-		n += q.inflight
-		q.mu.Unlock()
+		n += q.busy()
 	}
 	return n > held
 }

@@ -35,7 +35,8 @@ type Queue struct {
 	mu       sync.Mutex
 	idle     sync.Cond // inflight or spent went down
 	inflight int
-	spent    int // bytes of queueBudget
+	held     []*Request // commands that came while the target drains: not begun, so that the host tries them elsewhere
+	spent    int        // bytes of queueBudget
 }
 
 // NewQueue makes the queue of a new connection that reached port at the local address .
@@ -117,6 +118,13 @@ func (q *Queue) Close() {
 		q.ctrl.detach(q)
 	}
 	q.mu.Lock()
+	held := q.held
+	q.held = nil
+	q.mu.Unlock()
+	for _, r := range held {
+		r.complete(nvmeof.AbortSQDeleted, 0)
+	}
+	q.mu.Lock()
 	for q.inflight > 0 {
 		q.idle.Wait()
 	}
@@ -143,15 +151,27 @@ func (q *Queue) Execute(r *Request) {
 			r.fail(nvmeof.CommandSequenceError)
 		} else if q.id == 0 {
 			q.ctrl.adminCommand(r)
+		} else if q.target.draining.Load() {
+			q.mu.Lock()
+			q.held = append(q.held, r)
+			q.mu.Unlock()
 		} else {
 			q.ctrl.ioCommand(r)
 		}
 	}
 }
 
-// Refuse ends a command that the transport could not accept, such as one with a wrong SGL.
+// busy is the number of commands in flight that will end by themselves.
+func (q *Queue) busy() int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.inflight - len(q.held)
+}
+
+// Refuse ends a command that the transport could not accept, such as one with a wrong SGL. st has DNR set unless the
+// same command may succeed when sent again.
 func (q *Queue) Refuse(r *Request, st nvmeof.Status) {
 	r.start = time.Now()
 	q.sqhd.Add(1)
-	r.fail(st)
+	r.complete(st, 0)
 }

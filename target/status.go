@@ -116,7 +116,7 @@ func (t *Target) Status() Status {
 	s := Status{Started: t.started, Uptime: time.Since(t.started).Seconds(), Arena: t.arena.Stats(), Kernel: probe(),
 		Ports: []PortStatus{}, Subsystems: []SubsystemStatus{}, Controllers: []ControllerStatus{}}
 	t.mu.RLock()
-	s.Draining = t.draining
+	s.Draining = t.draining.Load()
 	for i, p := range t.ports {
 		s.Ports = append(s.Ports, PortStatus{ID: i + 1, Transport: transportName(p.TRType), Address: p.Address.String(), Discovery: p.Discovery})
 	}
@@ -228,10 +228,7 @@ func (k *Controller) status() ControllerStatus {
 
 // Ready returns nil when every configured namespace is served and hosts may connect, otherwise one line saying why not.
 func (t *Target) Ready() error {
-	t.mu.RLock()
-	draining := t.draining
-	t.mu.RUnlock()
-	if draining {
+	if t.draining.Load() {
 		return errors.New("the target is draining")
 	}
 	for _, sub := range t.all() {

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/kvof/kvof/configs"
@@ -23,6 +24,8 @@ type Target struct {
 	limits  configs.Limits
 	started time.Time
 
+	draining atomic.Bool
+
 	mu         sync.RWMutex
 	subsystems map[string]*subsystem // by NQN
 	discovery  *subsystem
@@ -31,7 +34,6 @@ type Target struct {
 	genctr     uint64                 // of the discovery log
 	ctrls      map[uint16]*Controller // by CNTLID
 	lastID     uint16
-	draining   bool
 }
 
 // Port is an address that hosts connect to.
@@ -128,12 +130,10 @@ func (t *Target) controllers() []*Controller {
 	return slices.SortedFunc(maps.Values(t.ctrls), func(a, b *Controller) int { return cmp.Compare(a.ID, b.ID) })
 }
 
-// Drain refuses new controllers and new I/O commands end their connection; it waits, at most for d, until the
-// commands in flight are done, then ends all controllers.
+// Drain refuses new controllers and begins no I/O command any more; it waits, at most for d, until the commands in
+// flight are done, then ends all controllers. Hosts send what was not begun again, wherever they connect next.
 func (t *Target) Drain(d time.Duration) {
-	t.mu.Lock()
-	t.draining = true
-	t.mu.Unlock()
+	t.draining.Store(true)
 	ks := t.controllers()
 	for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 		if !slices.ContainsFunc(ks, (*Controller).busy) {
@@ -163,7 +163,7 @@ func (t *Target) Close() error {
 func (t *Target) addController(k *Controller) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.draining || len(t.ctrls) >= t.limits.Controllers {
+	if t.draining.Load() || len(t.ctrls) >= t.limits.Controllers {
 		return false
 	}
 	for {
