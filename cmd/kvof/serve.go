@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/kvof/kvof/configs"
+	"github.com/kvof/kvof/management"
 	"github.com/kvof/kvof/target"
 	"github.com/kvof/kvof/target/tcp"
 	"github.com/kvof/kvof/uring"
@@ -85,6 +86,11 @@ func serve(ctx context.Context, path string) (err error) {
 			s.log.Warn("arena", "error", e)
 		}
 	}()
+	manage, err := management.Start(s.cfg.Management, s.target, version(), s.log)
+	if err != nil {
+		return err
+	}
+	defer manage.Close()
 	s.notify.Status("opening namespaces")
 	if err := s.target.Apply(s.cfg); err != nil {
 		return err
@@ -98,7 +104,12 @@ func serve(ctx context.Context, path string) (err error) {
 	}
 	wctx, stop := context.WithCancel(ctx)
 	defer stop()
-	go s.notify.Watchdog(wctx, func() error { return nil })
+	go s.notify.Watchdog(wctx, func() error {
+		hctx, cancel := context.WithTimeout(wctx, closeTime)
+		defer cancel()
+		return s.target.Health(hctx)
+	})
+	manage.Serving()
 	s.notify.Ready(s.summary())
 	s.log.Info("serving", "namespaces", s.summary())
 	for {
