@@ -36,7 +36,7 @@ type class struct {
 
 	mu      sync.Mutex
 	free    []uint32  // stack of indices
-	uses    []uint32  // per buffer, odd while it is out: tells a Buf put twice
+	puts    []uint32  // per buffer, how often it was Put: tells a Buf put twice
 	waiting []*waiter // FIFO, from head
 	head    int
 	idle    []*waiter // waiters to reuse
@@ -53,7 +53,7 @@ type Buf struct {
 
 	class *class
 	index uint32
-	use   uint32
+	puts  uint32
 }
 
 // View returns a Buf that owns nothing: Put leaves b alone.
@@ -94,7 +94,7 @@ func NewArena(size int) (*Arena, error) {
 func (c *class) init(mem []byte, size int) {
 	n := len(mem) / size
 	c.mem, c.size = mem, size
-	c.uses = make([]uint32, n)
+	c.puts = make([]uint32, n)
 	c.free = make([]uint32, n)
 	for i := range c.free {
 		c.free[i] = uint32(n - 1 - i)
@@ -160,13 +160,12 @@ func (c *class) take(n int) Buf {
 	last := len(c.free) - 1
 	i := c.free[last]
 	c.free = c.free[:last]
-	c.uses[i]++
 	return c.buf(i, n)
 }
 
 func (c *class) buf(i uint32, n int) Buf {
 	off := int(i) * c.size
-	return Buf{Data: c.mem[off : off+n : off+c.size], class: c, index: i, use: c.uses[i]}
+	return Buf{Data: c.mem[off : off+n : off+c.size], class: c, index: i, puts: c.puts[i]}
 }
 
 // Put gives the buffer back to its arena. A second Put of the same buffer
@@ -178,10 +177,10 @@ func (b Buf) Put() {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.uses[b.index] != b.use {
+	if c.puts[b.index] != b.puts {
 		panic("uring: Buf put twice")
 	}
-	c.uses[b.index]++
+	c.puts[b.index]++
 	if c.head == len(c.waiting) {
 		c.free = append(c.free, b.index)
 		return
@@ -191,8 +190,7 @@ func (b Buf) Put() {
 	if c.head++; c.head == len(c.waiting) {
 		c.waiting, c.head = c.waiting[:0], 0
 	}
-	c.uses[b.index]++ // straight to the next holder: nobody overtakes the queue
-	w.got <- b.index
+	w.got <- b.index // straight to the next holder: nobody overtakes the queue
 }
 
 // ArenaStats describes an arena.
@@ -216,7 +214,7 @@ func (a *Arena) Stats() ArenaStats {
 func (c *class) stats() ClassStats {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return ClassStats{Free: len(c.free), Used: len(c.uses) - len(c.free), Waits: c.waits}
+	return ClassStats{Free: len(c.free), Used: len(c.puts) - len(c.free), Waits: c.waits}
 }
 
 // Close unmaps the arena. Devices that registered it are closed before, and

@@ -29,6 +29,7 @@ const (
 	maxTransfer = 1 << 30 // bytes asked of the kernel at once, which itself stops a little short of 2 GiB
 	maxRetries  = 100     // EAGAIN, EINTR and transfers that moved nothing
 	retryDelay  = time.Millisecond
+	maxRounds   = 8 // calls of io_uring_enter one Submit makes, at most, for itself and others
 
 	blockDiscard = 0x12 << 8 // BLOCK_URING_CMD_DISCARD, _IO(0x12, 0)
 )
@@ -52,7 +53,7 @@ type file struct {
 	pending    queue    // ops waiting for a slot
 	slots      []*Op    // in the ring, by user_data
 	free       []uint32 // slots to use
-	elsewhere  int      // ops in a goroutine of their own
+	elsewhere  int      // ops in a goroutine of their own, and timers
 	submitting bool     // somebody fills entries and enters the kernel
 	closing    bool
 }
@@ -236,29 +237,36 @@ func (d *file) Submit(ops ...*Op) {
 
 // kick moves pending ops into the ring as far as there are slots. Callers hold
 // d.mu, which it gives up while in the kernel; a caller that finds another
-// submitting leaves its ops to that one.
+// submitting leaves its ops to that one. Nobody is kept at it for long: the
+// completion goroutine takes over.
 func (d *file) kick() {
 	if d.submitting {
 		return
 	}
 	d.submitting = true
-	for d.fill() {
+	for round := 0; d.fill(); round++ {
+		if round == maxRounds {
+			d.ring.wake()
+			break
+		}
 		d.mu.Unlock()
 		err := d.ring.submit()
 		d.mu.Lock()
 		if err != nil { // the kernel is short of memory; the entries stay queued
 			d.elsewhere++
-			time.AfterFunc(retryDelay, func() {
-				d.mu.Lock()
-				d.elsewhere--
-				d.kick()
-				d.mu.Unlock()
-				d.ring.wake()
-			})
+			time.AfterFunc(retryDelay, d.returned)
 			break
 		}
 	}
 	d.submitting = false
+}
+
+// returned ends what elsewhere counts, and has the completion goroutine look.
+func (d *file) returned() {
+	d.mu.Lock()
+	d.elsewhere--
+	d.mu.Unlock()
+	d.ring.wake()
 }
 
 // fill writes submission queue entries for pending ops, and reports whether
@@ -317,7 +325,7 @@ func (d *file) complete() {
 	for {
 		n := d.ring.reap(batch[:])
 		if n == 0 {
-			if d.drained() {
+			if d.rest() {
 				return
 			}
 			d.ring.sleep()
@@ -343,10 +351,12 @@ func (d *file) complete() {
 	}
 }
 
-// drained reports whether the device is closing and has nothing left to do.
-func (d *file) drained() bool {
+// rest submits what others left, and reports whether the device is closing and
+// has nothing left to do.
+func (d *file) rest() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	d.kick()
 	return d.closing && !d.submitting && d.elsewhere == 0 && d.pending.head == nil && len(d.free) == len(d.slots)
 }
 
@@ -407,10 +417,7 @@ func (d *file) discard(o *Op) {
 		err = newOpError(o, d.path, errno)
 	}
 	o.Complete(err)
-	d.mu.Lock()
-	d.elsewhere--
-	d.mu.Unlock()
-	d.ring.wake()
+	d.returned()
 }
 
 // View implements Device.

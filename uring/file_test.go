@@ -498,3 +498,78 @@ func TestOpAllocs(t *testing.T) {
 		}
 	})
 }
+
+// TestBlockInUse holds a block device as a mounted file system does.
+func TestBlockInUse(t *testing.T) {
+	path := loopDevice(t, testSize)
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_EXCL, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	d, err := OpenFile(path, FileOptions{})
+	if err == nil {
+		d.Close()
+	}
+	if !errors.Is(err, ErrInUse) || !strings.Contains(err.Error(), "mounted") {
+		t.Errorf("%v", err)
+	}
+}
+
+// TestCloseElsewhere closes while an op runs outside the ring.
+func TestCloseElsewhere(t *testing.T) {
+	d := openFile(t, FileOptions{})
+	d.mu.Lock()
+	d.elsewhere++
+	d.mu.Unlock()
+	closed := make(chan error)
+	go func() { closed <- d.Close() }()
+	select {
+	case <-closed:
+		t.Error("Close did not wait")
+	case <-time.After(20 * time.Millisecond):
+	}
+	d.mu.Lock()
+	d.elsewhere--
+	d.mu.Unlock()
+	d.ring.wake()
+	if err := <-closed; err != nil {
+		t.Error(err)
+	}
+}
+
+// TestMemoryGivesBack wants a discard, from odd borders too, to free memory.
+func TestMemoryGivesBack(t *testing.T) {
+	const size = 64 << 20
+	d, err := NewMemory(size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	resident := func() (pages int64) {
+		var all int64
+		s, err := os.ReadFile("/proc/self/statm")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := fmt.Sscan(string(s), &all, &pages); err != nil {
+			t.Fatal(err)
+		}
+		return pages * int64(os.Getpagesize())
+	}
+	v := d.View(0, size)
+	for i := range v {
+		v[i] = 1
+	}
+	full := resident()
+	o := Op{Kind: OpDiscard, Off: 100, Len: size - 300}
+	if err := o.Do(d); err != nil {
+		t.Fatal(err)
+	}
+	if freed := full - resident(); freed < size/2 {
+		t.Errorf("discarding %d bytes freed %d", o.Len, freed)
+	}
+	if bytes.IndexByte(v, 0) != 100 || bytes.Count(v, []byte{1}) != 300 {
+		t.Error("other bytes changed")
+	}
+}

@@ -62,30 +62,41 @@ func TestMemlock(t *testing.T) {
 	if f := Probe(); f.MemLock != limit || !f.IOURing {
 		t.Fatalf("%+v", f)
 	}
-	for _, size := range []int{limit, 8 << 20} { // the first passes the check at open and fails on the second device
-		a := newArena(t, size)
+	open := func(name string, arena int) (Device, func()) {
+		a := newArena(t, arena)
 		b := a.Get(LargeBuf)
-		defer b.Put()
-		for i := range 2 {
-			d, err := OpenFile(filepath.Join(dir, fmt.Sprint(size, i)), FileOptions{Size: 1 << 20, Arena: a})
-			if err != nil {
+		t.Cleanup(b.Put)
+		d, err := OpenFile(filepath.Join(dir, name), FileOptions{Size: 1 << 20, Arena: a})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { d.Close() })
+		return d, func() {
+			o := Op{Kind: OpWrite, Data: b.Data}
+			if err := o.Do(d); err != nil {
 				t.Fatal(err)
 			}
-			defer d.Close()
-			for range 3 {
-				o := Op{Kind: OpWrite, Data: b.Data}
-				if err := o.Do(d); err != nil {
-					t.Fatal(err)
-				}
-				d.(*file).pinned.wait()
-			}
-			info := d.Info()
-			wantWarning := size > limit || i > 0
-			if warned := strings.Contains(strings.Join(info.Warnings, "\n"), "LimitMEMLOCK"); warned != wantWarning || (info.Registered == 0) != wantWarning {
-				t.Errorf("arena of %d, device %d: %d bytes registered, warnings %q", size, i, info.Registered, info.Warnings)
-			}
+			d.(*file).pinned.wait()
 		}
 	}
+	check := func(d Device, registered int64, warning bool) {
+		t.Helper()
+		info := d.Info()
+		if warned := strings.Contains(strings.Join(info.Warnings, "\n"), "LimitMEMLOCK"); warned != warning || info.Registered != registered {
+			t.Errorf("%d bytes registered, want %d; warnings %q", info.Registered, registered, info.Warnings)
+		}
+	}
+	d, _ := open("too much", 8<<20)
+	check(d, 0, true) // known before the first op
+	first, use := open("first", limit)
+	check(first, 0, false)
+	use()
+	use()
+	check(first, minChunk, false)
+	second, use := open("second", limit) // the limit is for both together
+	use()
+	use()
+	check(second, 0, true)
 }
 
 // TestSeccomp forbids io_uring, as container runtimes do.

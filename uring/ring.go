@@ -1,6 +1,7 @@
 package uring
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -98,11 +99,9 @@ func (r *ring) reap(into []completion) int {
 // returned.
 func (r *ring) sleep() { _, _ = r.event.Read(r.count[:]) }
 
-func (r *ring) wake() {
-	one := [8]byte{}
-	*(*uint64)(unsafe.Pointer(&one)) = 1
-	_, _ = r.event.Write(one[:])
-}
+func (r *ring) wake() { _, _ = r.event.Write(oneEvent) }
+
+var oneEvent = binary.NativeEndian.AppendUint64(nil, 1)
 
 // reserve makes n empty slots for registered buffers.
 func (r *ring) reserve(n int) error {
