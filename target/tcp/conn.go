@@ -47,7 +47,8 @@ type conn struct {
 	last      uint64        // seen, when checkStall last looked
 	still     time.Duration // for how long it has not changed
 
-	tx sender
+	spin spinner
+	tx   sender
 
 	// Transfers from the host: requests by tag with an R2T outstanding, and those waiting for a place.
 	xmu      sync.Mutex
@@ -80,6 +81,7 @@ func newConn(l *Listener, nc net.Conn) (*conn, error) {
 	if a, ok := nc.LocalAddr().(*net.TCPAddr); ok {
 		local = a.AddrPort()
 	}
+	c.spin.init(raw, &l.spinners)
 	c.tx.init(c)
 	c.queue = l.target.NewQueue(c, l.port, local)
 	return c, nil
@@ -393,9 +395,17 @@ func (c *conn) peek(n int) ([]byte, error) {
 			c.w = copy(c.buf, c.buf[c.r:c.w])
 			c.r = 0
 		}
-		m, err := c.read(c.buf[c.w:])
-		if err != nil {
-			return nil, err
+		c.tx.flush()
+		m := c.spin.read(c.buf[c.w:])
+		if m > 0 {
+			c.seen.Add(uint64(m))
+		} else {
+			start := time.Now()
+			var err error
+			if m, err = c.read(c.buf[c.w:]); err != nil {
+				return nil, err
+			}
+			c.spin.waited(time.Since(start))
 		}
 		c.w += m
 	}

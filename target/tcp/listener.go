@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/kvof/kvof/nvmeof"
@@ -28,6 +29,8 @@ type Listener struct {
 	ln     net.Listener
 	log    *slog.Logger
 	stall  time.Duration // stallLimit
+
+	spinners atomic.Int32
 
 	mu     sync.Mutex
 	conns  map[*conn]struct{}
