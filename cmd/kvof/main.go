@@ -80,6 +80,7 @@ func newRootCommand() *cobra.Command {
 	root.AddCommand(
 		newCheckCommand(),
 		newServeCommand(),
+		newStatusCommand(),
 	)
 	return root
 }
