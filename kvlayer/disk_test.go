@@ -6,9 +6,11 @@ import (
 	"errors"
 	"io"
 	"math/rand/v2"
+	"os"
 	"path/filepath"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/kvof/kvof/uring"
 )
@@ -17,14 +19,42 @@ import (
 type disk struct {
 	mu     sync.Mutex
 	mem    []byte
-	ops    int // completed, or dropped after the crash
-	crash  int // the op that is torn, after which nothing is written; 0: never
-	torn   int // 512-byte sectors of that op that are written
+	ops    int     // completed, or dropped after the crash
+	crash  int     // the op that is torn, after which nothing is written; 0: never
+	torn   float64 // the part of that op's data that is written
 	fail   func(*uring.Op) error
 	jitter bool // complete out of order
+
+	cached  bool // writes are volatile until a flush
+	pending []pendingWrite
+	durable []byte
+}
+
+type pendingWrite struct {
+	off  int64
+	data []byte
+}
+
+// powerCut loses any of the writes since the last flush.
+func (d *disk) powerCut(rnd *rand.Rand) {
+	copy(d.mem, d.durable)
+	for _, w := range d.pending {
+		if rnd.IntN(2) == 0 {
+			copy(d.mem[w.off:], w.data)
+		}
+	}
+	d.pending = nil
+	copy(d.durable, d.mem)
 }
 
 func newDisk(size int64) *disk { return &disk{mem: make([]byte, size)} }
+
+func (d *disk) flushed() {
+	for _, w := range d.pending {
+		copy(d.durable[w.off:], w.data)
+	}
+	d.pending = nil
+}
 
 func (d *disk) Submit(ops ...*uring.Op) {
 	for _, o := range ops {
@@ -55,9 +85,14 @@ func (d *disk) do(o *uring.Op) error {
 		copy(o.Data, at)
 	case o.Kind == uring.OpWrite && d.crash > 0 && d.ops > d.crash:
 	case o.Kind == uring.OpWrite && d.crash > 0 && d.ops == d.crash:
-		copy(at, o.Data[:min(len(o.Data), d.torn*512)])
+		copy(at, o.Data[:int(float64(len(o.Data))*d.torn)])
 	case o.Kind == uring.OpWrite:
 		copy(at, o.Data)
+		if d.cached {
+			d.pending = append(d.pending, pendingWrite{o.Off, bytes.Clone(o.Data)})
+		}
+	case o.Kind == uring.OpFlush && d.cached:
+		d.flushed()
 	}
 	return nil
 }
@@ -68,17 +103,16 @@ func (d *disk) crashed() bool {
 	return d.crash > 0 && d.ops >= d.crash
 }
 
-func (d *disk) restart() {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.crash = 0
-}
-
 func (d *disk) View(off, n int64) []byte { return nil }
 func (d *disk) Size() int64              { return int64(len(d.mem)) }
 func (d *disk) BlockSize() int           { return block }
 func (d *disk) Info() uring.DeviceInfo   { return uring.DeviceInfo{Kind: "test"} }
 func (d *disk) Close() error             { return nil }
+
+func TestMain(m *testing.M) {
+	waitForSpace = 2 * time.Millisecond // tests hold space of their own doing
+	os.Exit(m.Run())
+}
 
 func newArena(t testing.TB) *uring.Arena {
 	t.Helper()
@@ -138,7 +172,9 @@ func open(t testing.TB, dev uring.Device, a *uring.Arena, o Options) *Store {
 }
 
 func key(n int) Key {
-	k, err := MakeKey(binary.BigEndian.AppendUint64(nil, uint64(n)))
+	var b [8]byte
+	binary.BigEndian.PutUint64(b[:], uint64(n))
+	k, err := MakeKey(b[:])
 	if err != nil {
 		panic(err)
 	}

@@ -1,7 +1,8 @@
 package kvlayer
 
 import (
-	"bytes"
+	"cmp"
+	"encoding/binary"
 	"encoding/hex"
 	"fmt"
 
@@ -41,10 +42,14 @@ func (k Key) String() string { return hex.EncodeToString(k.b[:k.n]) }
 // Compare orders keys by their bytes, then by length: -1, 0 or 1.
 func (k Key) Compare(o Key) int {
 	// A shorter key is padded with zeroes, so only equal paddings are left to the length.
-	if c := bytes.Compare(k.b[:], o.b[:]); c != 0 {
-		return c
+	be := binary.BigEndian
+	if a, b := be.Uint64(k.b[:]), be.Uint64(o.b[:]); a != b {
+		return cmp.Compare(a, b)
 	}
-	return int(min(1, max(-1, int(k.n)-int(o.n))))
+	if a, b := be.Uint64(k.b[8:]), be.Uint64(o.b[8:]); a != b {
+		return cmp.Compare(a, b)
+	}
+	return cmp.Compare(k.n, o.n)
 }
 
 func (k *Key) hash() uint64 { return xxh3.Hash(k.b[:k.n]) }

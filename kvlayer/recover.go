@@ -188,9 +188,11 @@ func (r *recovery) run(sl *slot) error {
 		}
 	}
 	for range 7 {
+		if r.mem {
+			break
+		}
 		b, ok := r.arena.TryGet(uring.LargeBuf)
-		if r.mem || !ok {
-			b.Put()
+		if !ok {
 			break
 		}
 		wg.Go(func() {
@@ -213,7 +215,6 @@ func (r *recovery) run(sl *slot) error {
 	r.index.Scan(func(e entry) bool {
 		r.segmentOf(e.off).live += e.span()
 		r.used += e.span()
-		r.maxSpan = max(r.maxSpan, e.span())
 		return true
 	})
 	// The newest segment goes on where it ended; others that were not sealed are now.

@@ -1,10 +1,8 @@
 package kvlayer
 
 import (
-	"cmp"
 	"errors"
 	"math/rand/v2"
-	"slices"
 	"sync/atomic"
 	"time"
 
@@ -35,11 +33,13 @@ func (s *Store) reusable(g *segment) bool {
 	return g != s.open && g.live == 0 && g.writers == 0 && g.pins.Load() == 0
 }
 
-// freeSegment counts the free segments and returns one of them. Under mu.
+// freeSegment counts the free segments and returns one of them: the one unused
+// for longest, but one that was used, so that files and memory grow only as
+// needed. Under mu.
 func (s *Store) freeSegment() (free *segment, n int) {
 	for i := range s.segs {
 		if g := &s.segs[i]; s.reusable(g) {
-			if n++; free == nil || g.gen < free.gen {
+			if n++; free == nil || g.gen-1 < free.gen-1 { // 0, never used, wraps to last
 				free = g
 			}
 		}
@@ -70,7 +70,6 @@ func (s *Store) take(n int64) (g *segment, off int64, ok bool) {
 	g.tail += n
 	g.live += n
 	g.writers++
-	s.maxSpan = max(s.maxSpan, n)
 	return g, off, true
 }
 
@@ -95,8 +94,8 @@ func (s *Store) giveBack(g *segment, off, n int64, written bool) {
 }
 
 // waitForSpace is how long a Store waits for Readers and writes in progress
-// that stand in the way of making room.
-const waitForSpace = 50 * time.Millisecond
+// that stand in the way of making room. Only tests change it.
+var waitForSpace = 50 * time.Millisecond
 
 // makeRoom sees to it that the log's end has room for n bytes, or fails with
 // ErrNoSpace. The room may be gone again when it returns.
@@ -144,46 +143,27 @@ func (s *Store) makeRoom(n int64) error {
 	}
 }
 
-// victim chooses the segment to clean for a write of n bytes, so that the
-// cleaning it starts is certain to make room; nil if none is. busy tells that
-// the answer may change when Readers or writes in progress end. Under mu.
+// victim chooses the segment to clean for a write of n bytes: the emptiest one,
+// if cleaning it is certain to make room. busy tells that the answer may change
+// when Readers or writes in progress end. Under mu.
 func (s *Store) victim(n int64, nfree int) (v *segment, busy bool) {
-	var sparse []*segment
 	for i := range s.segs {
 		switch g := &s.segs[i]; {
-		case g.state == segmentEmpty || s.reusable(g):
+		case g.state == segmentEmpty || s.reusable(g) || g == s.open && nfree == 0:
 		case g.writers > 0 || g.live == 0 && g != s.open:
 			busy = true
-		default:
-			sparse = append(sparse, g)
+		case v == nil || g.live < v.live:
+			v = g
 		}
 	}
-	slices.SortFunc(sparse, func(a, b *segment) int { return cmp.Compare(a.live, b.live) })
-	segCap := s.super.segSize - block
-	if nfree > 0 && len(sparse) > 0 && sparse[0].live+n <= segCap {
-		return sparse[0], busy // all of it fits into the free segment, and n behind it
+	switch {
+	case v == nil:
+	case nfree > 0 && v.live+n <= s.super.segSize-block: // all of it fits into the free segment, and n behind it
+	case nfree == 0 && v.live <= s.room(): // what an interrupted cleaning left
+	default:
+		v = nil
 	}
-	sparse = slices.DeleteFunc(sparse, func(g *segment) bool { return g == s.open })
-	if nfree == 0 {
-		if len(sparse) > 0 && sparse[0].live <= s.room() {
-			return sparse[0], busy // an interrupted cleaning: end it
-		}
-		return nil, busy
-	}
-	// Several together, if they surely leave one more segment free: each one
-	// filled from them may waste as much as the largest record needs.
-	fill := segCap - s.maxSpan
-	if fill <= 0 {
-		return nil, busy
-	}
-	rest := -max(0, s.room()-s.maxSpan)
-	for i, g := range sparse[:min(len(sparse), 64)] {
-		rest += g.live
-		if filled := (max(0, rest) + fill - 1) / fill; filled <= int64(i) {
-			return sparse[0], busy
-		}
-	}
-	return nil, busy
+	return v, busy
 }
 
 // advance seals the open segment and opens g. Under alloc.

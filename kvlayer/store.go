@@ -76,7 +76,6 @@ type Store struct {
 	holes    map[int64]int64 // aborted writes in the open segment that are not last: end to start
 	used     int64           // bytes of live records and of writes in progress
 	promised int             // keys of writes in progress that are not in the index
-	maxSpan  int64           // the largest record so far
 
 	slots    chan *slot
 	slotsBuf uring.Buf

@@ -2,13 +2,37 @@ package kvlayer
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
+	"io"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/kvof/kvof/uring"
+	"pgregory.net/rapid"
 )
 
 const mib = 1 << 20
+
+func TestKey(t *testing.T) {
+	for _, n := range []int{0, 17, 64} {
+		if _, err := MakeKey(make([]byte, n)); !errors.Is(err, ErrKeySize) {
+			t.Errorf("a key of %d bytes: %v", n, err)
+		}
+	}
+	rapid.Check(t, func(t *rapid.T) {
+		gen := rapid.SliceOfN(rapid.SampledFrom([]byte{0, 1, 255}), 1, MaxKey)
+		a, b := gen.Draw(t, "a"), gen.Draw(t, "b")
+		ka, _ := MakeKey(a)
+		kb, _ := MakeKey(b)
+		if ka.Compare(kb) != bytes.Compare(a, b) || (ka == kb) != bytes.Equal(a, b) || !bytes.Equal(ka.Bytes(), a) {
+			t.Fatalf("%v and %v: %d", ka, kb, ka.Compare(kb))
+		}
+	})
+}
 
 func TestValues(t *testing.T) {
 	sizes := []int{0, 1, 511, 4096, 4097, 16 << 10, 16<<10 + 1, pieceSize - 1, pieceSize, pieceSize + 1, 256 << 10, 300_001, mib + 5, 5*mib + 17}
@@ -46,6 +70,9 @@ func TestValues(t *testing.T) {
 }
 
 func TestLargestValue(t *testing.T) {
+	if testing.Short() {
+		t.Skip("moves hundreds of MiB")
+	}
 	devices(t, 1100*mib, func(t *testing.T, dev uring.Device, a *uring.Arena) {
 		if _, ok := dev.(*disk); ok {
 			t.Skip("slow for nothing new")
@@ -58,7 +85,7 @@ func TestLargestValue(t *testing.T) {
 		v := value(1, 64*mib)
 		mustPut(t, s, key(1), v)
 		mustPut(t, s, key(2), v)
-		if _, free := s.freeSegment(); free != len(s.segs)-1 {
+		if st := s.Stats(); st.FreeSegments != st.Segments-1 {
 			t.Fatal("two of the largest values do not share a segment")
 		}
 		mustGet(t, s, key(1), v)
@@ -66,4 +93,430 @@ func TestLargestValue(t *testing.T) {
 			t.Fatal(err)
 		}
 	})
+}
+
+func TestModes(t *testing.T) {
+	devices(t, 8*mib, func(t *testing.T, dev uring.Device, a *uring.Arena) {
+		s := open(t, dev, a, Options{MaxKeys: 2, MaxValue: 5000})
+		defer s.Close()
+		step := func(k int, v string, m Mode, want error) {
+			t.Helper()
+			if err := put(s, key(k), []byte(v), m); !errors.Is(err, want) {
+				t.Fatalf("store %d, mode %d: %v, want %v", k, m, err, want)
+			}
+		}
+		step(1, "a", StoreIfExists, ErrNotFound)
+		step(1, "b", StoreIfAbsent, nil)
+		step(1, "c", StoreIfAbsent, ErrExists)
+		step(1, "d", StoreIfExists, nil)
+		mustGet(t, s, key(1), []byte("d"))
+		step(2, string(make([]byte, 5001)), StoreAlways, ErrTooLarge)
+		step(2, "e", StoreAlways, nil)
+		step(3, "f", StoreAlways, ErrNoSpace) // MaxKeys
+		step(2, "g", StoreAlways, nil)
+		if existed, err := s.Delete(key(1)); !existed || err != nil {
+			t.Fatal(existed, err)
+		}
+		if existed, err := s.Delete(key(1)); existed || err != nil {
+			t.Fatal(existed, err)
+		}
+		if _, err := get(s, key(1), 1); !errors.Is(err, ErrNotFound) {
+			t.Fatal(err)
+		}
+		step(3, "h", StoreAlways, nil)
+		if err := s.Create(new(Writer), Key{}, 1, StoreAlways); !errors.Is(err, ErrKeySize) {
+			t.Fatal(err)
+		}
+		if err := s.Create(new(Writer), key(2), -1, StoreAlways); !errors.Is(err, ErrTooLarge) {
+			t.Fatal(err)
+		}
+		var w Writer
+		if err := s.Create(&w, key(2), 2, StoreAlways); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Create(&w, key(2), 2, StoreAlways); err == nil {
+			t.Fatal("a Writer was used twice at once")
+		}
+		w.Filled(1 << 30) // more than there is, and without Buffer
+		w.Filled(-1)
+		copy(w.Buffer(1), "x")
+		w.Filled(1)
+		if !s.mem {
+			if err := w.Commit(); err == nil {
+				t.Fatal("half a value was committed")
+			}
+		}
+		w.Abort()
+		mustGet(t, s, key(2), []byte("g"))
+	})
+}
+
+// TestModel runs random operations against a map, reopening now and then.
+func TestModel(t *testing.T) {
+	arena := newArena(t)
+	rapid.Check(t, func(t *rapid.T) {
+		var dev uring.Device = newDisk(2*mib + rapid.Int64Range(0, 20).Draw(t, "size")*100<<10&^(block-1))
+		if rapid.Bool().Draw(t, "memory") {
+			m, err := uring.NewMemory(dev.Size())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer m.Close()
+			dev = m
+		}
+		s, err := Open(dev, arena, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { s.Close() }()
+		type val struct {
+			id   uint64
+			size int
+		}
+		model := map[Key]val{}
+		id := uint64(0)
+		keys := rapid.Map(rapid.IntRange(0, 11), key)
+		sizes := rapid.OneOf(rapid.IntRange(0, 5), rapid.IntRange(0, 300<<10), rapid.Just(40<<10))
+		check := func(t *rapid.T, k Key) {
+			got, err := get(s, k, MaxValue)
+			if v, ok := model[k]; !ok && !errors.Is(err, ErrNotFound) || ok && (err != nil || !bytes.Equal(got, value(v.id, v.size))) {
+				t.Fatalf("key %v: %d bytes, %v; stored: %v", k, len(got), err, ok)
+			}
+		}
+		store := func(t *rapid.T) {
+			k, n, m := keys.Draw(t, "key"), sizes.Draw(t, "bytes"), Mode(rapid.IntRange(0, 2).Draw(t, "mode"))
+			id++
+			_, had := model[k]
+			err := put(s, k, value(id, n), m)
+			switch {
+			case had && m == StoreIfAbsent && errors.Is(err, ErrExists):
+			case !had && m == StoreIfExists && errors.Is(err, ErrNotFound):
+			case int64(n) > s.MaxValue() && errors.Is(err, ErrTooLarge):
+			case errors.Is(err, ErrNoSpace):
+				// Justified only if no segment can have room for it.
+				if st := s.Stats(); st.Used <= st.Capacity-int64(st.Segments-1)*span(int64(n)) {
+					t.Fatalf("%v at %d of %d bytes used, for %d", err, st.Used, st.Capacity, n)
+				}
+			case err == nil && (m == StoreAlways || had == (m == StoreIfExists)) && int64(n) <= s.MaxValue():
+				model[k] = val{id, n}
+			default:
+				t.Fatalf("store of %d bytes, mode %d, had %v: %v", n, m, had, err)
+			}
+		}
+		t.Repeat(map[string]func(*rapid.T){
+			"store":       store,
+			"store again": store,
+			"abort": func(t *rapid.T) {
+				var a, b Writer
+				n := sizes.Draw(t, "bytes")
+				if s.Create(&a, key(100), int64(n), StoreAlways) == nil && s.Create(&b, key(101), int64(n), StoreAlways) == nil {
+					b.Filled(copy(b.Buffer(n), "half"))
+				}
+				before := s.Stats().Used
+				a.Abort()
+				b.Abort()
+				a.Abort()
+				if before < s.Stats().Used {
+					t.Fatal("Abort took space")
+				}
+			},
+			"delete": func(t *rapid.T) {
+				k := keys.Draw(t, "key")
+				_, had := model[k]
+				if existed, err := s.Delete(k); err != nil || existed != had {
+					t.Fatalf("Delete: %v, %v, want %v", existed, err, had)
+				}
+				delete(model, k)
+			},
+			"get": func(t *rapid.T) { check(t, keys.Draw(t, "key")) },
+			"reopen": func(t *rapid.T) {
+				before := s.Stats()
+				s.Close()
+				if s, err = Open(dev, arena, Options{}); err != nil {
+					t.Fatal(err)
+				}
+				if after := s.Stats(); before.Used != after.Used || before.Keys != after.Keys {
+					t.Fatalf("before %+v, after %+v", before, after)
+				}
+			},
+			"": func(t *rapid.T) {
+				n := 0
+				last := Key{}
+				s.List(Key{}, func(k Key, size int64) bool {
+					v, ok := model[k]
+					if !ok || size != int64(v.size) || k.Compare(last) <= 0 {
+						t.Fatalf("List: %v of %d bytes", k, size)
+					}
+					n++
+					last = k
+					return true
+				})
+				used := int64(0)
+				for _, v := range model {
+					used += span(int64(v.size))
+				}
+				if st := s.Stats(); n != len(model) || st.Keys != n || st.Used != used {
+					t.Fatalf("%d keys listed of %d, %+v, want %d used", n, len(model), st, used)
+				}
+			},
+		})
+		for i := range 12 {
+			check(t, key(i))
+		}
+	})
+}
+
+// TestFull fills a device, which must take exactly what fits; then each delete
+// makes room for one more, wherever it was, also after a restart.
+func TestFull(t *testing.T) {
+	devices(t, 4*mib, func(t *testing.T, dev uring.Device, a *uring.Arena) {
+		s := open(t, dev, a, Options{})
+		const size = 50 << 10
+		st := s.Stats()
+		fit := (st.Segments - 1) * int((st.SegmentSize-block)/span(size))
+		n := 0
+		for put(s, key(n), value(uint64(n), size), StoreAlways) == nil {
+			n++
+		}
+		if n != fit {
+			t.Fatalf("%d values fit, want %d", n, fit)
+		}
+		live := make([]int, n)
+		for i := range live {
+			live[i] = i
+		}
+		for round := range 300 {
+			i := rand.IntN(len(live))
+			if _, err := s.Delete(key(live[i])); err != nil {
+				t.Fatal(err)
+			}
+			if round%50 == 7 {
+				s.Close()
+				s = open(t, dev, a, Options{})
+			}
+			if err := put(s, key(n+round), value(uint64(n+round), size), StoreAlways); err != nil {
+				t.Fatalf("round %d: %v, %+v", round, err, s.Stats())
+			}
+			live[i] = n + round
+			if err := put(s, key(-1), value(0, size), StoreAlways); !errors.Is(err, ErrNoSpace) {
+				t.Fatalf("one too many: %v", err)
+			}
+		}
+		for _, i := range live {
+			mustGet(t, s, key(i), value(uint64(i), size))
+		}
+		if s.Stats().Cleaned == 0 {
+			t.Fatal("nothing was cleaned")
+		}
+		s.Close()
+	})
+}
+
+// TestPinned deletes what a Reader reads, and reuses all the space it can.
+func TestPinned(t *testing.T) {
+	devices(t, 4*mib, func(t *testing.T, dev uring.Device, a *uring.Arena) {
+		s := open(t, dev, a, Options{})
+		defer s.Close()
+		want := value(7, 300<<10)
+		mustPut(t, s, key(7), want)
+		var r Reader
+		if err := s.Open(&r, key(7), MaxValue); err != nil {
+			t.Fatal(err)
+		}
+		b, err := r.Next()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Delete(key(7)); err != nil {
+			t.Fatal(err)
+		}
+		for i := range 200 {
+			mustPut(t, s, key(i%5), value(uint64(i), 100<<10))
+		}
+		got := slices.Clone(b.Data) // a view has not changed either
+		b.Put()
+		for {
+			b, err := r.Next()
+			if err == io.EOF {
+				break
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			got = append(got, b.Data...)
+			b.Put()
+		}
+		r.Close()
+		if !bytes.Equal(got, want) {
+			t.Fatal("the value changed under its Reader")
+		}
+	})
+}
+
+// TestParallel replaces, deletes and reads from many goroutines on a device
+// that is nearly full, so that it is cleaned all the time. Values tell their
+// key and version.
+func TestParallel(t *testing.T) {
+	devices(t, 4*mib, func(t *testing.T, dev uring.Device, a *uring.Arena) {
+		s := open(t, dev, a, Options{})
+		const keys, size = 24, 70_000
+		var completed [keys]atomic.Uint64 // newest version whose Store completed
+		var wg sync.WaitGroup
+		rounds := 150
+		if testing.Short() {
+			rounds = 30
+		}
+		for g := range 6 {
+			wg.Go(func() { // owns keys g, g+6, ...
+				var w Writer
+				for round := range rounds {
+					k := g + 6*rand.IntN(keys/6)
+					version := uint64(k)<<32 | uint64(round+1)
+					if round%11 == 10 {
+						completed[k].Store(0)
+						if _, err := s.Delete(key(k)); err != nil {
+							t.Error(err)
+						}
+						continue
+					}
+					err := s.Create(&w, key(k), size, StoreAlways)
+					if errors.Is(err, ErrNoSpace) {
+						continue // writes in progress may hold all the room for a while
+					} else if err != nil {
+						t.Error(err)
+						return
+					}
+					send(&w, value(version, size))
+					if round%7 == 6 {
+						w.Abort()
+					} else if err := w.Commit(); err != nil {
+						t.Error(err)
+						return
+					} else {
+						completed[k].Store(version)
+					}
+				}
+			})
+			wg.Go(func() {
+				for range 2 * rounds {
+					k := rand.IntN(keys)
+					oldest := completed[k].Load()
+					got, err := get(s, key(k), size)
+					if errors.Is(err, ErrNotFound) {
+						continue
+					}
+					if err != nil || len(got) != size {
+						t.Errorf("key %d: %d bytes, %v", k, len(got), err)
+						return
+					}
+					// Version n's first bytes name it; the deleter resets oldest.
+					version := uint64(0)
+					for v := uint64(1); v <= uint64(rounds); v++ {
+						if n := uint64(k)<<32 | v; binary.LittleEndian.Uint64(got) == rand.New(rand.NewPCG(n, 1)).Uint64() {
+							version = n
+						}
+					}
+					if version == 0 || !bytes.Equal(got, value(version, size)) || version < oldest {
+						t.Errorf("key %d: version %x, at least %x expected", k, version, oldest)
+						return
+					}
+				}
+			})
+		}
+		wg.Wait()
+		if s.Stats().Cleaned == 0 {
+			t.Error("nothing was cleaned")
+		}
+		used := int64(0)
+		s.List(Key{}, func(_ Key, size int64) bool { used += span(size); return true })
+		if st := s.Stats(); st.Used != used {
+			t.Errorf("%d bytes used, %d live", st.Used, used)
+		}
+		s.Close()
+	})
+}
+
+func TestOneWinner(t *testing.T) {
+	devices(t, 8*mib, func(t *testing.T, dev uring.Device, a *uring.Arena) {
+		s := open(t, dev, a, Options{})
+		defer s.Close()
+		for round := range 20 {
+			var won atomic.Int32
+			var winner atomic.Uint64
+			var start, wg sync.WaitGroup
+			start.Add(1)
+			for g := range uint64(8) {
+				var w Writer
+				v := value(g, 20_000)
+				if err := s.Create(&w, key(round), int64(len(v)), StoreIfAbsent); err != nil {
+					t.Fatal(err)
+				}
+				wg.Go(func() {
+					start.Wait()
+					send(&w, v)
+					switch err := w.Commit(); {
+					case err == nil:
+						won.Add(1)
+						winner.Store(g)
+					case !errors.Is(err, ErrExists):
+						t.Error(err)
+					}
+				})
+			}
+			start.Done()
+			wg.Wait()
+			if won.Load() != 1 {
+				t.Fatalf("%d winners", won.Load())
+			}
+			mustGet(t, s, key(round), value(winner.Load(), 20_000))
+		}
+	})
+}
+
+// TestAbort shows that what is given back from the end is there again at once.
+func TestAbort(t *testing.T) {
+	s := open(t, newDisk(2*mib), newArena(t), Options{})
+	defer s.Close()
+	var w [4]Writer
+	for round := range 100 {
+		for i := range w {
+			if err := s.Create(&w[i], key(i), 40<<10, StoreAlways); err != nil {
+				t.Fatal(round, err)
+			}
+			send(&w[i], value(1, 30<<10))
+		}
+		for _, i := range rand.Perm(len(w)) {
+			w[i].Abort()
+		}
+		if s.open.tail != block || len(s.holes) != 0 || s.used != 0 || s.promised != 0 {
+			t.Fatalf("tail %d, holes %v, used %d", s.open.tail, s.holes, s.used)
+		}
+	}
+}
+
+func TestList(t *testing.T) {
+	dev, err := uring.NewMemory(16 * mib)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.Close()
+	s := open(t, dev, nil, Options{})
+	defer s.Close()
+	for i := range 500 {
+		mustPut(t, s, key(2*i), nil)
+	}
+	next := 101 // absent: a lower bound
+	s.List(key(next), func(k Key, _ int64) bool {
+		if next++; k != key(next) {
+			t.Fatalf("%v, want %v", k, key(next))
+		}
+		next++
+		if _, err := s.Delete(k); err != nil { // yield may call the store
+			t.Fatal(err)
+		}
+		return next < 901
+	})
+	if n := s.Stats().Keys; next != 901 || n != 100 {
+		t.Fatalf("ended at %d with %d keys", next, n)
+	}
 }

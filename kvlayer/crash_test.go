@@ -1,0 +1,553 @@
+package kvlayer
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"testing"
+
+	"github.com/kvof/kvof/uring"
+)
+
+// TestCrash stops a device at a random write, which it tears at a random byte,
+// again and again: whatever had completed is there, what was under way is
+// there whole or not at all. A failing seed is replayed with its number.
+func TestCrash(t *testing.T) {
+	a := newArena(t)
+	seeds := uint64(200)
+	if testing.Short() {
+		seeds = 40
+	}
+	var cleaned uint64
+	for seed := range seeds {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) { cleaned += crash(t, a, seed) })
+	}
+	if cleaned == 0 {
+		t.Error("nothing was cleaned")
+	}
+}
+
+func crash(t *testing.T, a *uring.Arena, seed uint64) (cleaned uint64) {
+	const keys = 14
+	rnd := rand.New(rand.NewPCG(seed, 0))
+	size := func() int { return [...]int{0, 3000, 60_000, 60_000, 60_000, 150_000}[rnd.IntN(6)] }
+	d := newDisk(2*mib + int64(rnd.IntN(8))*64<<10)
+	type state struct {
+		id   uint64
+		size int
+	}
+	var model [keys]state // id 0: absent
+	id := uint64(0)
+	s := open(t, d, a, Options{})
+	for range 6 {
+		var doubt [keys][]state // what an operation under way at the crash may have left
+		d.crash = d.ops + 1 + rnd.IntN(200)
+		d.torn = rnd.Float64()
+		var w [3]Writer // in progress together
+		var ids [3]uint64
+		for !d.crashed() {
+			i := rnd.IntN(len(w))
+			switch {
+			case rnd.IntN(5) == 0:
+				k := rnd.IntN(keys)
+				if _, err := s.Delete(key(k)); err != nil {
+					t.Fatal(err)
+				}
+				if d.crashed() {
+					doubt[k] = append(doubt[k], state{})
+				} else {
+					model[k] = state{}
+				}
+			case w[i].s == nil:
+				err := s.Create(&w[i], key(rnd.IntN(keys)), int64(size()), StoreAlways)
+				if errors.Is(err, ErrNoSpace) {
+					k := rnd.IntN(keys)
+					if _, err := s.Delete(key(k)); err != nil {
+						t.Fatal(err)
+					}
+					if doubt[k] = append(doubt[k], state{}); !d.crashed() {
+						model[k] = state{}
+					}
+				} else if err != nil {
+					t.Fatal(err)
+				} else {
+					id++
+					ids[i] = id
+					send(&w[i], value(id, int(w[i].size)))
+				}
+			case rnd.IntN(8) == 0:
+				w[i].Abort()
+			default:
+				k := int(w[i].key.b[7])
+				now := state{ids[i], int(w[i].size)}
+				if err := w[i].Commit(); err != nil {
+					t.Fatal(err)
+				}
+				if d.crashed() {
+					doubt[k] = append(doubt[k], now)
+				} else {
+					model[k] = now
+				}
+			}
+		}
+		for i := range w {
+			w[i].Abort()
+		}
+		cleaned += s.c.cleaned.Load()
+		s.Close()
+		for rnd.IntN(2) == 0 { // crash while recovering, too
+			d.crash, d.torn = d.ops+1+rnd.IntN(60), rnd.Float64()
+			if s, err := Open(d, a, Options{}); err == nil {
+				s.Close()
+			} else if !d.crashed() {
+				t.Fatal(err)
+			}
+		}
+		d.crash = 0
+		s = open(t, d, a, Options{})
+		for k := range keys {
+			got, err := get(s, key(k), MaxValue)
+			if err != nil && !errors.Is(err, ErrNotFound) {
+				t.Fatalf("key %d: %v", k, err)
+			}
+			found := false
+			for _, may := range append(doubt[k], model[k]) {
+				if may.id == 0 && err != nil || may.id != 0 && err == nil && bytes.Equal(got, value(may.id, may.size)) {
+					model[k], found = may, true
+				}
+			}
+			if !found {
+				t.Fatalf("key %d: %d bytes, %v; want %v, or one of %v", k, len(got), err, model[k], doubt[k])
+			}
+		}
+		if _, n := s.freeSegment(); n == 0 {
+			t.Fatalf("no segment is free after recovery: %+v", s.Stats())
+		}
+	}
+	s.Close()
+	return cleaned
+}
+
+// TestPowerCut loses any of the writes that were not flushed: what a Flush
+// covered and nobody touched since is there, and nothing that was never stored
+// is ever returned.
+func TestPowerCut(t *testing.T) {
+	a := newArena(t)
+	seeds := uint64(150)
+	if testing.Short() {
+		seeds = 40
+	}
+	for seed := range seeds {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) { powerCut(t, a, seed) })
+	}
+}
+
+func powerCut(t *testing.T, a *uring.Arena, seed uint64) {
+	const keys, size = 14, 60_000
+	rnd := rand.New(rand.NewPCG(seed, 2))
+	d := newDisk(2*mib + int64(rnd.IntN(4))*64<<10)
+	d.cached, d.durable = true, make([]byte, d.Size())
+	var model [keys]uint64    // 0: absent
+	var touched [keys]bool    // since the last Flush
+	var stored [keys][]uint64 // since it, and what it covered
+	id := uint64(0)
+	for range 8 {
+		s := open(t, d, a, Options{})
+		for k := range keys {
+			got, err := get(s, key(k), MaxValue)
+			switch {
+			case err != nil && !errors.Is(err, ErrNotFound) && !errors.Is(err, ErrCorrupt):
+				t.Fatal(err)
+			case err != nil && !touched[k] && model[k] != 0:
+				t.Fatalf("key %d: %v, though flushed", k, err)
+			case err != nil:
+				if errors.Is(err, ErrCorrupt) {
+					if _, err := s.Delete(key(k)); err != nil {
+						t.Fatal(err)
+					}
+				}
+				model[k] = 0
+			default:
+				was := model[k]
+				model[k] = 0
+				for _, id := range append(stored[k], was) {
+					if bytes.Equal(got, value(id, size)) {
+						model[k] = id
+					}
+				}
+				if model[k] == 0 || !touched[k] && model[k] != was {
+					t.Fatalf("key %d: a value that is not its own, or not the last", k)
+				}
+			}
+		}
+		flush := func() {
+			if err := s.Flush(); err != nil {
+				t.Fatal(err)
+			}
+			for k := range keys {
+				touched[k], stored[k] = false, append(stored[k][:0], model[k])
+			}
+		}
+		flush()
+		for range rnd.IntN(80) {
+			k := rnd.IntN(keys)
+			switch rnd.IntN(8) {
+			case 0:
+				flush()
+			case 1:
+				if _, err := s.Delete(key(k)); err != nil {
+					t.Fatal(err)
+				}
+				touched[k], model[k] = true, 0
+			default:
+				id++
+				if err := put(s, key(k), value(id, size), StoreAlways); err == nil {
+					touched[k], model[k] = true, id
+					stored[k] = append(stored[k], id)
+				} else if !errors.Is(err, ErrNoSpace) {
+					t.Fatal(err)
+				}
+			}
+		}
+		d.mu.Lock()
+		d.cached = false // Close's flush comes too late
+		d.powerCut(rnd)
+		after := bytes.Clone(d.mem)
+		d.mu.Unlock()
+		s.Close()
+		d.cached = true
+		copy(d.mem, after)
+	}
+}
+
+// TestForged commits nothing behind a value that holds record headers of its
+// own making, so that a recovery looks at all its blocks.
+func TestForged(t *testing.T) {
+	for _, knows := range []bool{false, true} {
+		d, a := newDisk(2*mib), newArena(t)
+		s := open(t, d, a, Options{})
+		var w, after Writer
+		if err := s.Create(&w, key(1), 100<<10, StoreAlways); err != nil {
+			t.Fatal(err)
+		}
+		v := make([]byte, 100<<10)
+		for off := 0; off < len(v); off += block {
+			seed := s.super.seed
+			if !knows {
+				seed = uint64(off) // 0 is one of them
+			}
+			r := record{kind: recordLive, key: key(2), off: w.data(int64(off)), gen: w.gen, seq: 1 << 40}
+			putRecord(v[off:off+block], seed, r, nil)
+		}
+		send(&w, v)
+		if err := s.Create(&after, key(3), 3, StoreAlways); err != nil {
+			t.Fatal(err)
+		}
+		send(&after, []byte("abc"))
+		if err := after.Commit(); err != nil { // behind the hole
+			t.Fatal(err)
+		}
+		if err := w.drain(); err != nil {
+			t.Fatal(err)
+		}
+		mem := bytes.Clone(d.mem)
+		w.Abort()
+		s.Close()
+		d.mem = mem
+		s = open(t, d, a, Options{})
+		// With the seed the forgery succeeds, which shows that the test is one.
+		if _, ok := s.Exist(key(2)); ok != knows {
+			t.Errorf("seed known: %v; forged value found: %v", knows, ok)
+		}
+		mustGet(t, s, key(3), []byte("abc"))
+		s.Close()
+	}
+}
+
+func TestBitFlips(t *testing.T) {
+	devices(t, 8*mib, func(t *testing.T, dev uring.Device, a *uring.Arena) {
+		flip := func(off int64) {
+			var op uring.Op
+			buf := a.Get(block)
+			defer buf.Put()
+			op.Kind, op.Off, op.Data = uring.OpRead, off&^(block-1), buf.Data
+			if err := op.Do(dev); err != nil {
+				t.Fatal(err)
+			}
+			buf.Data[off%block] ^= 0x10
+			op.Kind = uring.OpWrite
+			if err := op.Do(dev); err != nil {
+				t.Fatal(err)
+			}
+		}
+		s := open(t, dev, a, Options{})
+		v := value(1, 3*pieceSize+100)
+		for i := range 3 {
+			mustPut(t, s, key(i), v)
+		}
+		e, _ := s.lookup(key(1))
+		data := e.off + headerLen(int64(e.size))
+		flip(data + 2*pieceSize + 5)
+		if _, err := get(s, key(1), MaxValue); !errors.Is(err, ErrCorrupt) {
+			t.Fatalf("a flipped bit of data: %v", err)
+		}
+		if _, err := get(s, key(1), 2*pieceSize+1); !errors.Is(err, ErrCorrupt) {
+			t.Fatalf("a flipped bit behind what was asked, in its piece: %v", err)
+		}
+		if got, err := get(s, key(1), 2*pieceSize); err != nil || !bytes.Equal(got, v[:2*pieceSize]) {
+			t.Fatalf("the pieces before it: %v", err)
+		}
+		if n := s.Stats().Corrupt; n != 2 {
+			t.Fatalf("%d corruptions counted, want 2", n)
+		}
+		flip(data + 2*pieceSize + 5)
+		mustGet(t, s, key(1), v)
+		for _, at := range []int64{0, 9, 16, 17, 20, 24, 40, 48, 56, 64, recordLen, recordLen + 31} {
+			flip(e.off + at)
+			if _, err := get(s, key(1), MaxValue); !errors.Is(err, ErrCorrupt) {
+				t.Fatalf("a flipped bit of byte %d of the header: %v", at, err)
+			}
+			s.Close()
+			s = open(t, dev, a, Options{})
+			if _, ok := s.Exist(key(1)); ok {
+				t.Fatalf("recovered through a header whose byte %d is damaged", at)
+			}
+			mustGet(t, s, key(0), v)
+			mustGet(t, s, key(2), v) // behind it
+			flip(e.off + at)
+			s.Close()
+			s = open(t, dev, a, Options{})
+			mustGet(t, s, key(1), v)
+		}
+		s.Close()
+	})
+}
+
+// TestCleanDamaged cleans a segment in which a header is gone: that value is
+// lost, and neither blocks the cleaning nor comes back.
+func TestCleanDamaged(t *testing.T) {
+	d, a := newDisk(2*mib), newArena(t)
+	s := open(t, d, a, Options{})
+	n := 0
+	for put(s, key(n), value(uint64(n), 20_000), StoreAlways) == nil {
+		n++
+	}
+	e, _ := s.lookup(key(1))
+	clear(d.mem[e.off : e.off+block])
+	for i := range 5 { // all in the first segment, as 1 is
+		if _, err := s.Delete(key(2 + i)); err != nil {
+			t.Fatal(err)
+		}
+		mustPut(t, s, key(1000+i), value(1, 20_000))
+	}
+	if st := s.Stats(); st.Cleaned == 0 || st.Corrupt == 0 {
+		t.Fatalf("%+v", st)
+	}
+	if _, err := get(s, key(1), 1); !errors.Is(err, ErrNotFound) {
+		t.Fatal(err)
+	}
+	before := s.Stats()
+	s.Close()
+	s = open(t, d, a, Options{})
+	defer s.Close()
+	if after := s.Stats(); before.Keys != after.Keys || before.Used != after.Used {
+		t.Fatalf("before %+v, after %+v", before, after)
+	}
+}
+
+func TestDeviceErrors(t *testing.T) {
+	d, a := newDisk(4*mib), newArena(t)
+	s := open(t, d, a, Options{})
+	old := value(1, 300_000)
+	mustPut(t, s, key(1), old)
+	fail := func(kind uring.OpKind, skip int) {
+		d.fail = func(o *uring.Op) error {
+			if o.Kind == kind {
+				if skip--; skip < 0 {
+					return uring.ErrMedia
+				}
+			}
+			return nil
+		}
+	}
+	for skip := range 3 { // data, data, header
+		fail(uring.OpWrite, skip)
+		if err := put(s, key(1), value(2, 300_000), StoreAlways); !errors.Is(err, uring.ErrMedia) {
+			t.Fatal(err)
+		}
+		d.fail = nil
+		mustGet(t, s, key(1), old)
+	}
+	fail(uring.OpWrite, 0)
+	if _, err := s.Delete(key(1)); !errors.Is(err, uring.ErrMedia) {
+		t.Fatal(err)
+	}
+	for skip := range 3 {
+		fail(uring.OpRead, skip)
+		if _, err := get(s, key(1), MaxValue); !errors.Is(err, uring.ErrMedia) {
+			t.Fatal(err)
+		}
+	}
+	d.fail = nil
+	mustGet(t, s, key(1), old)
+	used := s.Stats().Used
+	s.Close()
+	s = open(t, d, a, Options{})
+	defer s.Close()
+	mustGet(t, s, key(1), old)
+	if st := s.Stats(); st.Used != used || st.Keys != 1 {
+		t.Fatalf("%+v", st)
+	}
+}
+
+func TestForeign(t *testing.T) {
+	a := newArena(t)
+	store := func() *disk {
+		d := newDisk(4 * mib)
+		s := open(t, d, a, Options{})
+		mustPut(t, s, key(1), []byte("v"))
+		s.Close()
+		return d
+	}
+	for name, c := range map[string]struct {
+		damage func(d *disk)
+		line   string
+	}{
+		"other data":    {func(d *disk) { clear(d.mem[:superArea]); d.mem[70_000] = 1 }, "other data"},
+		"other version": {func(d *disk) { d.mem[16]++; d.mem[superSecond+16]++ }, "version 2"},
+		"both damaged":  {func(d *disk) { d.mem[50]++; d.mem[superSecond+50]++ }, "damaged"},
+		"one erased":    {func(d *disk) { clear(d.mem[:block]); d.mem[superSecond+50]++ }, "damaged"},
+		"shrunk":        {func(d *disk) { d.mem = d.mem[:3*mib] }, "give it back"},
+	} {
+		d := store()
+		c.damage(d)
+		before := bytes.Clone(d.mem)
+		if _, err := Open(d, a, Options{}); !errors.Is(err, ErrForeign) || !strings.Contains(err.Error(), c.line) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%s: %v", name, err)
+		}
+		if !bytes.Equal(before, d.mem) {
+			t.Errorf("%s: the device was written to", name)
+		}
+	}
+	for name, change := range map[string]func(d *disk){
+		"first copy lost":  func(d *disk) { clear(d.mem[:block]) },
+		"second copy torn": func(d *disk) { d.mem[superSecond+60]++ },
+		"grown":            func(d *disk) { d.mem = append(d.mem, make([]byte, 2*mib)...) },
+	} {
+		d := store()
+		change(d)
+		for range 2 {
+			s, err := Open(d, a, Options{})
+			if err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+			mustGet(t, s, key(1), []byte("v"))
+			if want := (d.Size() - dataStart) / s.super.segSize; s.Stats().Segments != int(want) {
+				t.Errorf("%s: %+v", name, s.Stats())
+			}
+			s.Close()
+			if one, err := parseSuper(d.mem); err != nil || one.gen < 2 {
+				t.Errorf("%s: not repaired: %+v, %v", name, one, err)
+			}
+			clear(d.mem[superSecond : superSecond+block]) // the first serves alone, then
+		}
+	}
+	for _, size := range []int64{block, superArea, mib, mib + 256<<10} {
+		if _, err := Open(newDisk(size), a, Options{}); err == nil || !strings.Contains(err.Error(), "too small") {
+			t.Errorf("a device of %d bytes: %v", size, err)
+		}
+	}
+}
+
+func TestGeometry(t *testing.T) {
+	for size := int64(2 * mib); size < 1<<45; size += size/7&^(block-1) + block {
+		segSize, n, err := geometry(size)
+		if err != nil || n < minSegments || segSize%block != 0 || dataStart+n*segSize > size {
+			t.Fatalf("%d bytes: %d segments of %d, %v", size, n, segSize, err)
+		}
+		if size >= 1<<30 && segSize < block+2*span(MaxValue) {
+			t.Fatalf("%d bytes: two of the largest values do not fit into %d", size, segSize)
+		}
+		if waste := size - dataStart - n*segSize; size >= 1<<30 && waste > size/7 {
+			t.Fatalf("%d bytes: %d wasted", size, waste)
+		}
+	}
+}
+
+func FuzzSuper(f *testing.F) {
+	b := make([]byte, block)
+	putSuper(b, super{gen: 3, seed: 5, segSize: 129 * mib, segments: 7})
+	f.Add(b[:superLen])
+	f.Add([]byte{})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if len(b) >= superLen {
+			copy(b[8:], superMagic[:])
+			sealStruct(b[:superLen], 0)
+		}
+		s, err := parseSuper(b)
+		if err != nil {
+			return
+		}
+		if s.segments < minSegments || dataStart+s.segments*s.segSize < s.segSize {
+			t.Fatalf("accepted %+v", s)
+		}
+		out := make([]byte, block)
+		putSuper(out, s)
+		if back, err := parseSuper(out); err != nil || back != s {
+			t.Fatalf("%+v became %+v, %v", s, back, err)
+		}
+	})
+}
+
+func FuzzSegment(f *testing.F) {
+	b := make([]byte, block)
+	putSegment(b, 9, segmentHeader{index: 4, gen: 77})
+	f.Add(b[:segmentLen])
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if len(b) >= segmentLen {
+			copy(b[8:], segmentMagic[:])
+			sealStruct(b[:segmentLen], 9)
+		}
+		if h, ok := parseSegment(b, 9); ok {
+			out := make([]byte, block)
+			putSegment(out, 9, h)
+			if back, ok := parseSegment(out, 9); !ok || back != h {
+				t.Fatalf("%+v became %+v", h, back)
+			}
+		}
+	})
+}
+
+func FuzzRecord(f *testing.F) {
+	b := make([]byte, block)
+	putRecord(b, 9, record{kind: recordLive, key: key(1), off: 4096, gen: 7, seq: 8, size: 300_000}, []uint64{1, 2, 3})
+	f.Add(bytes.Clone(b[:recordLen+24]))
+	putRecord(b, 9, record{kind: recordDead, key: key(1), size: MaxValue}, nil)
+	f.Add(bytes.Clone(b[:recordLen]))
+	putRecord(b, 9, record{kind: recordSeal}, nil)
+	f.Add(bytes.Clone(b[:recordLen]))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if len(b) >= recordLen {
+			copy(b[8:], recordMagic[:])
+			sealStruct(b[:recordLen], 9)
+		}
+		r, ok := parseRecord(b, 9)
+		if !ok {
+			return
+		}
+		if r.size < 0 || r.kind != recordSeal && (r.size > MaxValue || r.key.n == 0 || r.key.n > MaxKey) {
+			t.Fatalf("accepted %+v", r)
+		}
+		var sums []uint64
+		if r.kind == recordLive {
+			sums = appendSums(nil, b, r)
+		}
+		out := make([]byte, maxHeader)
+		putRecord(out, 9, r, sums)
+		if back, ok := parseRecord(out, 9); !ok || back != r {
+			t.Fatalf("%+v became %+v", r, back)
+		}
+	})
+}
