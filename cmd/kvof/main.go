@@ -81,6 +81,13 @@ func newRootCommand() *cobra.Command {
 		newCheckCommand(),
 		newServeCommand(),
 		newStatusCommand(),
+		newDiscoverCommand(),
+		newPutCommand(),
+		newGetCommand(),
+		newExistCommand(),
+		newListCommand(),
+		newDeleteCommand(),
+		newBenchCommand(),
 	)
 	return root
 }
