@@ -178,7 +178,7 @@ func (k *Controller) identifyController() *nvmeof.IdentifyController {
 	d := &nvmeof.IdentifyController{
 		Serial: k.sub.serial(), Model: model, Firmware: revision, CNTLID: k.ID, VER: nvmeof.VersionNVMe20,
 		CTRATT: nvmeof.CTRATT128BitHostID | nvmeof.CTRATTTBKAS, CNTRLTYPE: nvmeof.ControllerIO, AERL: maxAERs - 1, ACL: 3,
-		ELPE: errorEntries - 1, KAS: 10, MAXCMD: uint16(k.target.limits.QueueEntries), SUBNQN: k.sub.NQN,
+		ELPE: errorEntries - 1, KAS: 10, MAXCMD: uint16(min(k.target.limits.QueueEntries, 0xFFFF)), SUBNQN: k.sub.NQN,
 		SGLS: 1 | 1<<2 | 1<<20 | 1<<21, IORCSZ: nvmeof.CompletionSize / 16, IOCCSZ: (nvmeof.CommandSize + InCapsule) / 16, MSDBD: 1,
 		LPA: 1<<1 | 1<<2, CMIC: 1 | 1<<1,
 	}
@@ -260,13 +260,11 @@ func (k *Controller) logPage(r *Request) []byte {
 		} else {
 			nvmeof.EncodeNSIDList(b, k.changed, 0)
 		}
-		if !c.RAE() {
+		if !c.RAE() { // together, or a change in between would make no event
 			k.changed = nil
+			delete(k.masked, nvmeof.EventNamespaceChanged)
 		}
 		k.mu.Unlock()
-		if !c.RAE() {
-			k.unmask(nvmeof.EventNamespaceChanged)
-		}
 		return b
 	case lid == nvmeof.LogEffects:
 		e := nvmeof.Effects{Admin: adminEffects, IO: blockEffects}

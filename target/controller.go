@@ -100,6 +100,7 @@ func (k *Controller) detach(q *Queue) {
 	k.aers = nil
 	if k.timer != nil {
 		k.timer.Stop()
+		k.timer = nil
 	}
 	k.mu.Unlock()
 	k.end("the admin queue's connection ended")
@@ -162,6 +163,7 @@ func (k *Controller) setCC(cc uint32) {
 	old := k.cc
 	k.cc = cc
 	var closing []*Queue
+	var aers []*Request
 	switch {
 	case nvmeof.CCEN(cc) && !nvmeof.CCEN(old):
 		css := nvmeof.CCCSS(cc)
@@ -171,11 +173,14 @@ func (k *Controller) setCC(cc uint32) {
 			k.csts = nvmeof.CSTSReady
 		}
 	case !nvmeof.CCEN(cc) && nvmeof.CCEN(old):
+		// A controller reset deletes the I/O queues, ends all commands and forgets what was set.
 		k.csts = 0
-		for _, q := range k.queues { // a controller reset deletes the I/O queues
+		for _, q := range k.queues {
 			closing = append(closing, q)
 		}
-		k.aec, k.changed, k.events, k.masked = 0, nil, nil, nil
+		aers, k.aers = k.aers, nil
+		k.aec, k.changed, k.events, k.masked, k.granted, k.behavior = 0, nil, nil, nil, 0, [512]byte{}
+		clear(k.features)
 	}
 	if nvmeof.CCSHN(cc) != 0 && nvmeof.CCSHN(old) == 0 {
 		k.csts = k.csts&^nvmeof.CSTSSHSTMask | nvmeof.CSTSSHSTDone
@@ -184,6 +189,9 @@ func (k *Controller) setCC(cc uint32) {
 	k.mu.Unlock()
 	for _, q := range closing {
 		q.conn.Close("controller reset")
+	}
+	for _, r := range aers {
+		r.complete(nvmeof.AbortSQDeleted, 0)
 	}
 }
 

@@ -125,8 +125,12 @@ func (q *Queue) connectIO(r *Request, d *nvmeof.ConnectData) {
 		invalidParam(r, nvmeof.ConnectOffCNTLID, true)
 		return
 	}
-	if k.HostNQN != d.HostNQN || k.HostID != d.HostID {
+	if k.HostNQN != d.HostNQN {
 		invalidParam(r, nvmeof.ConnectOffHOSTNQN, true)
+		return
+	}
+	if k.HostID != d.HostID {
+		invalidParam(r, nvmeof.ConnectOffHOSTID, true)
 		return
 	}
 	id := r.Cmd.ConnectQID()
@@ -149,7 +153,7 @@ func (q *Queue) connectIO(r *Request, d *nvmeof.ConnectData) {
 
 // attach makes the queue the controller's. The connection's other goroutines learn of it by the completion that follows.
 func (q *Queue) attach(r *Request, k *Controller) {
-	q.id, q.size = r.Cmd.ConnectQID(), r.Cmd.ConnectSQSIZE()+1
+	q.id, q.size = r.Cmd.ConnectQID(), uint32(r.Cmd.ConnectSQSIZE())+1
 	q.noFC = r.Cmd.ConnectCATTR()&nvmeof.CATTRNoFlowControl != 0
 	q.ctrl = k
 	k.traffic.Store(true)

@@ -149,6 +149,7 @@ func list(r *Request) {
 		r.complete(nvmeof.Success, 0)
 		return
 	}
+	r.queue.reserve(r, n)
 	b := r.ns.arena.Get(n)
 	keys := nvmeof.NewKeyList(b.Data[:0:n])
 	var from kvlayer.Key // the zero Key is before all others

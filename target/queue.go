@@ -12,6 +12,12 @@ import (
 // queueBudget bounds the arena bytes that one queue's commands hold at one time, so that no host takes it all.
 const queueBudget = 8 << 20
 
+// maxRequests is how many requests a queue can tell apart by their tags.
+const maxRequests = 1 << 16
+
+// fused is FUSE in a command's flags.
+const fused = 3
+
 // adminDepth is the number of entries of an admin queue that hosts may use.
 const adminDepth = 128
 
@@ -25,14 +31,13 @@ type Queue struct {
 
 	ctrl *Controller // set once, by Connect
 	id   uint16
-	size uint16 // entries
+	size uint32 // entries
 	sqhd atomic.Uint32
 	noFC bool // SQ flow control is off
 
-	free chan *Request
-	all  []*Request // grows to size on demand; the reader's alone
-
 	mu       sync.Mutex
+	free     []*Request
+	made     int       // requests, free or not: grows on demand
 	idle     sync.Cond // inflight or spent went down
 	inflight int
 	held     []*Request // commands that came while the target drains: not begun, so that the host tries them elsewhere
@@ -41,7 +46,7 @@ type Queue struct {
 
 // NewQueue makes the queue of a new connection that reached port at the local address .
 func (t *Target) NewQueue(c Conn, port *Port, local netip.AddrPort) *Queue {
-	q := &Queue{target: t, conn: c, port: port, local: local, size: adminDepth, free: make(chan *Request, 2*max(t.limits.QueueEntries, adminDepth))}
+	q := &Queue{target: t, conn: c, port: port, local: local, size: adminDepth}
 	q.idle.L = &q.mu
 	return q
 }
@@ -50,26 +55,25 @@ func (t *Target) NewQueue(c Conn, port *Port, local netip.AddrPort) *Queue {
 // many as that can be in use at once: completed ones are given back only after the host may have seen the completion.
 // Only the connection's reader calls it.
 func (q *Queue) NewRequest() *Request {
-	var r *Request
-	select {
-	case r = <-q.free:
-	default:
-		if len(q.all) >= 2*int(q.size) {
-			return nil
-		}
-		r = &Request{queue: q, Tag: uint16(len(q.all))}
-		r.run = func() { r.step(r) }
-		q.all = append(q.all, r)
-	}
 	q.mu.Lock()
+	defer q.mu.Unlock()
+	var r *Request
+	if n := len(q.free); n > 0 {
+		r, q.free = q.free[n-1], q.free[:n-1]
+	} else if q.made < min(2*int(q.size), maxRequests) {
+		r = &Request{queue: q, Tag: uint16(q.made)}
+		r.run = func() { r.step(r) }
+		q.made++
+	} else {
+		return nil
+	}
 	q.inflight++
-	q.mu.Unlock()
 	return r
 }
 
 func (q *Queue) put(r *Request) {
-	q.free <- r
 	q.mu.Lock()
+	q.free = append(q.free, r)
 	q.inflight--
 	q.idle.Broadcast()
 	q.mu.Unlock()
@@ -86,7 +90,13 @@ func (q *Queue) head() uint16 {
 	if q.noFC {
 		return 0xFFFF
 	}
-	return uint16(q.sqhd.Load() % uint32(q.size))
+	return uint16(q.sqhd.Load())
+}
+
+// took counts a command as taken from the submission queue. Only the connection's reader calls it.
+func (q *Queue) took(r *Request) {
+	r.start = time.Now()
+	q.sqhd.Store((q.sqhd.Load() + 1) % q.size)
 }
 
 // reserve takes n bytes of the queue's share of the arena for r, waiting until its other commands have given back
@@ -137,10 +147,11 @@ func (q *Queue) Close() {
 // Execute runs one command. Only the connection's reader calls it; it blocks for no longer than a short wait for a
 // small buffer, and on the admin queue not at all.
 func (q *Queue) Execute(r *Request) {
-	r.start = time.Now()
-	q.sqhd.Add(1)
+	q.took(r)
 	c := &r.Cmd
 	switch {
+	case c.Flags()&fused != 0:
+		r.fail(nvmeof.InvalidField) // FUSES says that there are none
 	case c.Opcode() == nvmeof.OpFabrics:
 		q.fabrics(r)
 	case q.ctrl == nil:
@@ -171,7 +182,6 @@ func (q *Queue) busy() int {
 // Refuse ends a command that the transport could not accept, such as one with a wrong SGL. st has DNR set unless the
 // same command may succeed when sent again.
 func (q *Queue) Refuse(r *Request, st nvmeof.Status) {
-	r.start = time.Now()
-	q.sqhd.Add(1)
+	q.took(r)
 	r.complete(st, 0)
 }

@@ -106,7 +106,7 @@ type ControllerStatus struct {
 // QueueStatus is one queue pair and its connection.
 type QueueStatus struct {
 	QID      uint16 `json:"qid"`
-	Entries  uint16 `json:"entries"`
+	Entries  uint32 `json:"entries"`
 	InFlight int    `json:"in_flight"` // commands, held Asynchronous Event Requests aside
 	Peer     string `json:"peer"`
 }
