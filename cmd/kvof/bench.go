@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -48,9 +47,10 @@ type bench struct {
 	stop   atomic.Bool
 }
 
-// generation tells which contents of a unit a read may find. One write of a unit is in flight at a time.
+// generation tells which contents of a unit a read may find: those of generations done to started. writing keeps
+// writes of a unit apart, whose order could not be known otherwise.
 type generation struct {
-	busy          atomic.Bool
+	writing       sync.Mutex
 	started, done atomic.Uint32 // 0: never written by this run
 }
 
@@ -349,20 +349,29 @@ func (w *benchWorker) do(a benchAction, i int64) error {
 		return w.check(i, low, w.gens[i].started.Load())
 	}
 	if w.verify {
-		for !w.gens[i].busy.CompareAndSwap(false, true) { // one write of a unit at a time: take the next
-			runtime.Gosched()
-			i = (i + 1) % w.units
-		}
+		i = w.lockUnit(i)
 		g := &w.gens[i]
 		gen := g.started.Add(1)
 		fillPattern(w.buf, w.seed, uint64(i), gen)
-		defer g.busy.Store(false)
+		defer g.writing.Unlock()
 		defer g.done.Store(gen)
 	}
 	if w.kv != nil {
 		return w.kv.Store(ctx, w.unitKey(i), w.buf, host.StoreAlways)
 	}
 	return w.block.Write(ctx, uint64(i)*w.lbas, w.buf)
+}
+
+// lockUnit locks unit i for writing, or the next one that is free; when none is, it waits.
+func (w *benchWorker) lockUnit(i int64) int64 {
+	for range w.units {
+		if w.gens[i].writing.TryLock() {
+			return i
+		}
+		i = (i + 1) % w.units
+	}
+	w.gens[i].writing.Lock()
+	return i
 }
 
 func (w *benchWorker) read(ctx context.Context, i int64) error {
