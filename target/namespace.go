@@ -3,11 +3,11 @@ package target
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/bits"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
-	"syscall"
 
 	"github.com/kvof/kvof/configs"
 	"github.com/kvof/kvof/kvlayer"
@@ -33,7 +33,7 @@ type namespace struct {
 }
 
 // openNamespace opens the device and, for a Key Value namespace, the store on it.
-func openNamespace(c configs.Namespace, arena *uring.Arena) (*namespace, error) {
+func openNamespace(c configs.Namespace, arena *uring.Arena, log *slog.Logger) (*namespace, error) {
 	n := &namespace{Namespace: c, arena: arena}
 	var err error
 	switch c.Device {
@@ -51,7 +51,7 @@ func openNamespace(c configs.Namespace, arena *uring.Arena) (*namespace, error) 
 	case configs.KeyValue:
 		n.csi = nvmeof.CSIKV
 		n.ednek.Store(c.EDNEK)
-		n.store, err = kvlayer.Open(n.dev, arena, kvlayer.Options{MaxValue: int64(c.MaxValue), MaxKeys: int(c.MaxKeys)})
+		n.store, err = kvlayer.Open(n.dev, arena, kvlayer.Options{MaxValue: int64(c.MaxValue), MaxKeys: int(c.MaxKeys), Log: log})
 	default:
 		lba = uint64(c.LBASize)
 		if bs := n.dev.BlockSize(); int64(lba)%int64(bs) != 0 {
@@ -124,7 +124,7 @@ func statusOf(err error) nvmeof.Status {
 		return nvmeof.KeyDoesNotExist | nvmeof.DNR
 	case errors.Is(err, kvlayer.ErrExists):
 		return nvmeof.KeyExists | nvmeof.DNR
-	case errors.Is(err, kvlayer.ErrNoSpace), errors.Is(err, syscall.ENOSPC):
+	case errors.Is(err, kvlayer.ErrNoSpace), errors.Is(err, uring.ErrNoSpace):
 		return nvmeof.CapacityExceeded | nvmeof.DNR
 	case errors.Is(err, kvlayer.ErrTooLarge):
 		return nvmeof.InvalidValueSize | nvmeof.DNR

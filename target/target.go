@@ -96,7 +96,7 @@ func (t *Target) Apply(c *configs.Config) error {
 			t.subsystems[cs.NQN] = s
 		}
 		t.mu.Unlock()
-		changed, err := s.apply(cs, t.arena)
+		changed, err := s.apply(cs, t.arena, t.log)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("subsystem %s: %w", cs.NQN, err))
 		}

@@ -49,7 +49,8 @@ func loadConfig(path string) (*configs.Config, error) {
 // server is a running kvof serve.
 type server struct {
 	path      string
-	cfg       *configs.Config
+	started   *configs.Config // what needs a restart to change is as this says
+	cfg       *configs.Config // served
 	level     *slog.LevelVar
 	log       *slog.Logger
 	notify    notifier
@@ -64,6 +65,7 @@ func serve(ctx context.Context, path string) (err error) {
 	if s.cfg, err = loadConfig(path); err != nil {
 		return err
 	}
+	s.started = s.cfg
 	s.level.Set(s.cfg.LogLevel)
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, syscall.SIGHUP)
@@ -171,7 +173,7 @@ func (s *server) reload() {
 		}
 		return
 	}
-	for _, key := range configs.Changes(s.cfg, cfg) {
+	for _, key := range configs.Changes(s.started, cfg) {
 		s.log.Warn("reload: a change needs a restart", "key", key)
 	}
 	s.level.Set(cfg.LogLevel)
