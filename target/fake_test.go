@@ -102,7 +102,7 @@ func (c *fakeConn) deliver(r *target.Request, x *command) {
 		data = make([]byte, r.PullLength)
 	}
 	data = data[:r.PullLength]
-	for n := 1; len(data) > 0; n = n*3 + 1 {
+	for n := 1; len(data) > 0; n = min(3*n+1, 1<<20) {
 		b := r.Buffer(min(n, len(data)))
 		if len(b) == 0 || len(b) > min(n, len(data)) {
 			c.t.Errorf("Buffer(%d) returned %d bytes", min(n, len(data)), len(b))
@@ -251,10 +251,10 @@ func (c *fakeConn) connect(d nvmeof.ConnectData, qid, sqsize uint16, kato uint32
 }
 
 // ready connects and enables a controller with one I/O queue.
-func ready(t testing.TB, tg *target.Target, port *target.Port, nqn string) (admin, io *fakeConn) {
+func ready(t testing.TB, tg *target.Target, nqn string) (admin, io *fakeConn) {
 	t.Helper()
 	d := nvmeof.ConnectData{CNTLID: nvmeof.CNTLIDDynamic, SubNQN: nqn, HostNQN: "nqn.2014-08.org.nvmexpress:uuid:host"}
-	admin, io = newFake(t, tg, port, "admin"), newFake(t, tg, port, "io")
+	admin, io = newFake(t, tg, &target.Port{}, "admin"), newFake(t, tg, &target.Port{}, "io")
 	t.Cleanup(func() { io.end(); admin.end() })
 	cqe := admin.connect(d, 0, 31, 0)
 	if cqe.Status() != nvmeof.Success {
