@@ -244,7 +244,8 @@ func (d *file) kick() {
 		return
 	}
 	d.submitting = true
-	for round := 0; d.fill(); round++ {
+	round := 0
+	for ; d.fill(); round++ {
 		if round == maxRounds {
 			d.ring.wake()
 			break
@@ -259,6 +260,9 @@ func (d *file) kick() {
 		}
 	}
 	d.submitting = false
+	if d.closing && round > 0 {
+		d.ring.wake() // what was submitted may have ended before, and rest found us here
+	}
 }
 
 // returned ends what elsewhere counts, and has the completion goroutine look.
