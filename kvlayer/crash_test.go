@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/kvof/kvof/uring"
 )
@@ -379,6 +381,54 @@ func TestBitFlips(t *testing.T) {
 		}
 		s.Close()
 	})
+}
+
+// TestCleaningUndisturbed lets others ask for space in the middle of a
+// cleaning: they wait, and the segment that is kept free is not theirs.
+func TestCleaningUndisturbed(t *testing.T) {
+	d := newDisk(2 * mib)
+	s := open(t, d, newArena(t), Options{})
+	defer s.Close()
+	n := 0
+	for ; put(s, key(n), value(1, 20_000), StoreAlways) == nil; n++ {
+	}
+	segments := len(s.segs) - 1
+	for i := range segments { // room for one in each
+		if _, err := s.Delete(key(i * n / segments)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var w [16]Writer
+	var wg sync.WaitGroup
+	var once sync.Once
+	d.fail = func(o *uring.Op) error {
+		s.mu.RLock()
+		cleaning := s.cleaning
+		s.mu.RUnlock()
+		if cleaning && o.Kind == uring.OpWrite && len(o.Data) > block { // a value moves
+			once.Do(func() {
+				for i := range w {
+					wg.Go(func() { _ = s.Create(&w[i], key(100+i), 20_000, StoreAlways) })
+				}
+				time.Sleep(50 * time.Millisecond)
+			})
+		}
+		return nil
+	}
+	created := 0
+	if put(s, key(0), value(1, 20_000), StoreAlways) == nil {
+		created++
+	}
+	wg.Wait()
+	for i := range w {
+		if w[i].s != nil {
+			created++
+		}
+		w[i].Abort()
+	}
+	if _, free := s.freeSegment(); free != 1 || created != segments {
+		t.Fatalf("%d segments are free, %d values of %d created", free, created, segments)
+	}
 }
 
 // TestCleanDamaged cleans a segment in which a header is gone: that value is
