@@ -1,0 +1,194 @@
+# lib.sh: what every script in the guest begins with. A script is a row of steps:
+#
+#	it 'does what its name says'
+#	COMMANDS...
+#
+# A step passes when none of its commands fails; a step that fails ends its script, after what its
+# commands, the target and the kernel said. Scripts start their own target, with nothing in it.
+set -eEuo pipefail
+shopt -s inherit_errexit
+
+script=$(basename "$0" .sh) script=${script#*-} step=setup
+mkdir "/data/$script"
+cd "/data/$script"
+dmesg --clear
+exec 3>&1 > output 2>&1
+
+it() { pass; step=$*; began=$SECONDS; }
+pass() { [ "$step" = setup ] || echo "PASS $script: $step ($((SECONDS - began)) s)" >&3; }
+fails() { ! "$@"; }
+die() { echo "$*" >&2; return 1; }
+
+# wait_for SECONDS COMMAND...: until the command succeeds; prints what it then says.
+wait_for() {
+	local out end=$((SECONDS + $1 + 1))
+	shift
+	until out=$("$@" 2> /dev/null); do
+		[ $SECONDS -lt $end ] || die "still not so: $*"
+		sleep 0.1
+	done
+	echo "$out"
+}
+
+finish() {
+	local status=$?
+	trap - ERR EXIT
+	if [ $status = 0 ] && dmesg | grep -E 'WARNING:|BUG:|Oops|Call Trace|blocked for more'; then
+		failed='the kernel complains' status=1
+	fi
+	if [ $status = 0 ]; then
+		pass
+	else
+		echo "FAIL $script: $step ($failed)" >&3
+		dmesg > kernel.log
+		tail -n 40 output kvof.log kernel.log >&3
+	fi
+	nvme disconnect-all || true
+	kill $(jobs -p) && wait_for 10 ended || kill -KILL $(jobs -p) || true
+	exit $status
+}
+ended() { [ -z "$(jobs -pr)" ]; }
+
+# at names the line of the script that came to LINENO in some function, or is there itself.
+at() { local line=${BASH_LINENO[-2]}; echo "line $line: $(sed -n "${line}p" "$0")"; }
+trap 'failed=$(at)' ERR
+trap 'failed="its time is over"; exit 1' TERM
+trap finish EXIT
+
+# ---- the target
+
+ip=127.0.0.1 io=4420 discovery=8009
+disks=nqn.2026-11.dev.kvof:disks   # namespace 1: KV; 2 and 3: block, with LBAs of 512 and 4096 bytes
+memory=nqn.2026-11.dev.kvof:memory # namespace 1: KV, values up to 4 MiB; 2: block
+
+# configure prints the configuration all scripts use.
+configure() {
+	cat <<-END
+		[memory]
+		arena = "256MiB"
+
+		[[listener]]
+		transport = "tcp"
+		address = "$ip:$io"
+
+		[discovery]
+		address = ["$ip:$discovery"]
+
+		[[subsystem]]
+		nqn = "$disks"
+		allow_any_host = true
+	END
+	namespace 1 kv file kv.img 3GiB
+	namespace 2 block file block512.img 512MiB 512
+	namespace 3 block file block4096.img 512MiB 4096
+	cat <<-END
+
+		[[subsystem]]
+		nqn = "$memory"
+		allow_any_host = true
+	END
+	namespace 1 kv memory '' 64MiB
+	echo 'max_value = "4MiB"'
+	namespace 2 block memory '' 256MiB 4096
+}
+
+# namespace NSID TYPE DEVICE PATH SIZE [LBA_SIZE]
+namespace() {
+	printf '\n[[subsystem.namespace]]\nnsid = %s\ntype = "%s"\ndevice = "%s"\nsize = "%s"\n' "$1" "$2" "$3" "$5"
+	[ -z "$4" ] || echo "path = \"$4\""
+	[ -z "${6:-}" ] || echo "lba_size = $6"
+}
+
+listens() { (: < "/dev/tcp/$ip/$1") 2>/dev/null; }
+start_target() {
+	/vm/kvof serve --config kvof.toml >> kvof.log 2>&1 &
+	target=$!
+	wait_for 20 listens $io
+	wait_for 20 listens $discovery
+}
+kill_target() { kill "-$1" $target; wait $target || true; }
+status() { /vm/kvof status --json "$@"; }
+
+# ---- the host
+
+connect() { nvme connect -t tcp -a $ip -s $io -n "$@"; }
+
+# attach NQN PORT HOST: connects as the host with that number, beside other connections, which Debian 12's nvme-cli cannot.
+attach() {
+	local id=00000000-0000-0000-0000-00000000000$3
+	echo "nqn=$1,transport=tcp,traddr=$ip,trsvcid=$2,hostnqn=nqn.2014-08.org.nvmexpress:uuid:$id,hostid=$id,keep_alive_tmo=30,duplicate_connect" \
+		> /dev/nvme-fabrics
+}
+
+# controllers NQN: the names (nvme0) of the connected controllers.
+controllers() {
+	local c
+	for c in /sys/class/nvme/nvme*; do
+		[ "$(cat "$c/subsysnqn" 2>/dev/null)" != "$1" ] || basename "$c"
+	done
+}
+live() { [ "$(cat "/sys/class/nvme/$1/state")" = live ]; }
+
+# generic NQN NSID and block NQN NSID: the namespace's device, as soon as there is one.
+generic() { wait_for 10 find_device "$@"; }
+block() {
+	local device
+	device=$(generic "$@")
+	wait_for 10 test -b "${device/ng/nvme}"
+	echo "${device/ng/nvme}"
+}
+find_device() {
+	local g nqn
+	for g in /sys/class/nvme-generic/ng*; do
+		read -r nqn < "$g/device/subsysnqn" || continue
+		if [[ $nqn = "$1" && $(nvme get-ns-id "/dev/${g##*/}") = *"namespace-id:$2" ]]; then
+			echo "/dev/${g##*/}"
+			return
+		fi
+	done
+	return 1
+}
+
+# ---- Key Value commands, to namespace 1 of the generic device $kv, by the way of $via
+# Each leaves the command's status (type and code, hexadecimal) in $sc and DW0 (decimal) in $dw0.
+
+via=ioctl
+
+ioctl() { # DEVICE NSID OPCODE CDW2 CDW3 CDW10 ... CDW15 LENGTH FILE, as helper uring-cmd
+	local data=() out=/dev/null text
+	if [ "${12}" != 0 ]; then
+		data=(--data-len="${12}")
+		if [ $(($3 & 3)) = 2 ]; then data+=(--read --raw-binary) out=${13}; else data+=(--write --input-file="${13}"); fi
+	fi
+	text=$(nvme io-passthru "$1" --namespace-id="$2" --opcode="$3" --cdw2="$4" --cdw3="$5" --cdw10="$6" --cdw11="$7" \
+		--cdw12="$8" --cdw13="$9" --cdw14="${10}" --cdw15="${11}" "${data[@]}" 2>&1 > "$out") || true
+	case $text in
+	*Success*result:*) echo "0 ${text##*result: 0x}" ;;
+	*"NVMe status"*) text=${text##*(0x} && echo "${text%%)*} 0" ;;
+	*) die "nvme io-passthru: $text" ;;
+	esac
+}
+
+# kv_command OPCODE KEY SIZE LENGTH FILE [OPTION]
+kv_command() {
+	local opcode=$1 key=$2 size=$3 length=$4 file=$5 option=${6:-0} k i dwords=() send=(ioctl)
+	[ $via = ioctl ] || send=(/vm/helper uring-cmd)
+	k=${key}00000000000000000000000000000000
+	for i in 0 8 16 24; do dwords+=("0x${k:i+6:2}${k:i+4:2}${k:i+2:2}${k:i:2}"); done
+	# Clients leave what they like in CDW12 and CDW13.
+	read -r sc dw0 < <("${send[@]}" "$kv" 1 "$opcode" "${dwords[@]:0:2}" "$size" $((${#key} / 2 | option << 8)) \
+		0x77 0x88 "${dwords[@]:2}" "$length" "$file")
+	printf -v sc %x $((0x$sc & 0x7ff))
+	dw0=$((0x$dw0))
+}
+store() { # KEY FILE [OPTION]
+	local size
+	size=$(stat -c %s "$2")
+	kv_command 0x01 "$1" "$size" "$size" "$2" "${3:-0}"
+}
+retrieve() { kv_command 0x02 "$1" "$2" "$2" out; } # KEY SIZE, to the file out
+exist() { kv_command 0x14 "$1" 0 0 -; }
+delete() { kv_command 0x10 "$1" 0 0 -; }
+list() { kv_command 0x06 "$1" "$2" "$2" out; } # FROM SIZE, to the file out
+answers() { [ "$sc $dw0" = "$1 ${2:-$dw0}" ] || die "status $sc, DW0 $dw0; expected $*"; }
+same() { [ "$(sha256sum < "$1")" = "$(sha256sum < "$2")" ] || die "$1 and $2 differ"; }

@@ -1,0 +1,50 @@
+. /vm/lib.sh
+configure > kvof.toml
+start_target
+connect $disks
+ctrl=/dev/$(controllers $disks) kv=$(generic $disks 1)
+
+it 'nvme id-ctrl shows an I/O controller of this subsystem that takes values of any size'
+nvme id-ctrl "$ctrl" -o json > log
+jq -e --arg nqn $disks '.subnqn == $nqn and .cntrltype == 1 and .mdts == 0 and .kas > 0 and
+	.maxcmd >= 128 and .ioccsz >= 4 and .nn >= 3 and .ver >= 131072' log
+
+it 'nvme list-ns shows the three namespaces'
+nvme list-ns "$ctrl" > log
+[ "$(grep -c 0x log)" = 3 ]
+
+it 'nvme id-ns shows size and LBA format of the block namespaces'
+for case in '2 9' '3 12'; do
+	read -r nsid shift <<< "$case"
+	nvme id-ns "$ctrl" -n $nsid -o json > log
+	jq -e --argjson shift $shift '.lbafs[.flbas % 16].ds == $shift and
+		.nsze == 512 * 1048576 / pow(2; $shift) and .ncap == .nsze' log
+	[ "$(blockdev --getsize64 "$(block $disks $nsid)")" = $((512 << 20)) ]
+	[ "$(blockdev --getss "$(block $disks $nsid)")" = $((1 << shift)) ]
+done
+
+it 'nvme id-ns answers for the KV namespace'
+nvme id-ns "$ctrl" -n 1
+
+it 'nvme ns-descs shows UUID, NGUID and command set of every namespace, all different'
+for case in '1 1' '2 0' '3 0'; do
+	read -r nsid csi <<< "$case"
+	nvme ns-descs "$ctrl" -n $nsid > log
+	grep -Eq "^csi +: (0x)?0*$csi\$" log
+	grep -E '^(uuid|nguid) +: ' log
+done > ids
+[ "$(sort -u ids | wc -l)" = 6 ]
+
+it 'nvme effects-log shows the Key Value commands'
+effects() { nvme effects-log "$ctrl" --csi=$1 --raw-binary | od -An -v -tu4 -w4 -j $((1024 + 4 * $2)) -N 4 | tr -d ' '; }
+for case in '0x01 3' '0x02 1' '0x06 1' '0x10 3' '0x14 1' '0x05 0'; do
+	read -r opcode bits <<< "$case"
+	[ "$(effects 1 $opcode)" = $bits ]
+done
+[ "$(effects 0 0x05)" = 1 ] # Compare, of the NVM command set
+
+it 'nvme smart-log, error-log, fw-log and get-feature are answered'
+nvme smart-log "$ctrl"
+nvme error-log "$ctrl"
+nvme fw-log "$ctrl"
+for feature in 0x01 0x02 0x04 0x05 0x07 0x0b 0x0f; do nvme get-feature "$ctrl" -f $feature > /dev/null; done

@@ -1,0 +1,44 @@
+. /vm/lib.sh
+configure > kvof.toml
+start_target
+head -c 16M /dev/urandom > v16M
+
+# works OPTIONS...: connects with them, and moves verified data over every queue.
+works() {
+	connect $disks "$@"
+	moves
+}
+moves() {
+	kv=$(generic $disks 1) disk=$(block $disks 3)
+	fio --name=verify --filename="$disk" --direct=1 --ioengine=io_uring --iodepth=8 --numjobs=4 --size=8m --offset_increment=8m \
+		--rw=randwrite --bsrange=4k-1m --verify=crc32c --verify_fatal=1 --output=fio.log
+	for via in ioctl uring; do
+		store 5555 v16M
+		answers 0
+		retrieve 5555 16777216
+		answers 0 16777216
+		same out v16M
+	done
+}
+
+it 'no digest'
+works
+nvme disconnect -n $disks
+
+for digests in --hdr-digest --data-digest '--hdr-digest --data-digest'; do
+	it "$digests"
+	works $digests
+	nvme disconnect -n $disks
+done
+
+it 'several I/O queues, some for writes only'
+works --nr-io-queues=4 --nr-write-queues=4
+[ "$(cat "/sys/class/nvme/$(controllers $disks)/queue_count")" = $((1 + 2 * $(nproc))) ]
+nvme disconnect -n $disks
+
+it 'several connections of one host to one subsystem'
+attach $disks $io 1
+attach $disks $io 1
+[ "$(controllers $disks | wc -l)" = 2 ]
+[ "$(cat /sys/class/nvme/nvme*/cntlid | sort -u | wc -l)" = 2 ]
+moves
