@@ -23,9 +23,10 @@ const (
 	readBuffer = 32 << 10
 	// maxTransfers is how many commands of one connection may have an R2T outstanding.
 	maxTransfers = 16
-	// setupTime is how long a host may take from connecting to a successful Connect.
-	setupTime = 15 * time.Second
 )
+
+// setupTime is how long a host may take from connecting to a successful Connect.
+var setupTime = 15 * time.Second
 
 // conn is one NVMe/TCP connection: one queue.
 type conn struct {
@@ -101,7 +102,7 @@ func (c *conn) Close(reason string) {
 // serve runs the connection until it ends.
 func (c *conn) serve() {
 	go c.tx.loop()
-	_ = c.nc.SetDeadline(time.Now().Add(setupTime))
+	_ = c.nc.SetDeadline(time.Now().Add(c.l.setup))
 	err := c.run()
 	reason := ""
 	if p := c.reason.Load(); p != nil {
@@ -408,6 +409,7 @@ func (c *conn) peek(n int) ([]byte, error) {
 			c.spin.waited(time.Since(start))
 		}
 		c.w += m
+		c.want.Store(true) // be it a part of the first eight bytes
 	}
 	return c.buf[c.r : c.r+n], nil
 }

@@ -29,6 +29,7 @@ type Listener struct {
 	ln     net.Listener
 	log    *slog.Logger
 	stall  time.Duration // stallLimit
+	setup  time.Duration // setupTime
 
 	spinners atomic.Int32
 
@@ -47,7 +48,7 @@ func Listen(t *target.Target, ln net.Listener, discovery bool, log *slog.Logger)
 		addr = a.AddrPort()
 		addr = netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port())
 	}
-	l := &Listener{target: t, ln: ln, log: log, stall: stallLimit, conns: map[*conn]struct{}{}, stop: make(chan struct{}),
+	l := &Listener{target: t, ln: ln, log: log, stall: stallLimit, setup: setupTime, conns: map[*conn]struct{}{}, stop: make(chan struct{}),
 		port: &target.Port{TRType: nvmeof.TRTypeTCP, Address: addr, Discovery: discovery}}
 	t.AddPort(l.port)
 	l.wg.Add(2)
