@@ -71,6 +71,8 @@ func blockCommand(r *Request) {
 		r.proceed(writeZeroes)
 	case nvmeof.OpRead, nvmeof.OpVerify:
 		r.proceed(read)
+	case nvmeof.OpCompare:
+		r.detach(write) // it needs buffers, whatever the device
 	default:
 		r.proceed(write)
 	}
@@ -87,7 +89,7 @@ func read(r *Request) {
 		r.complete(nvmeof.Success, 0)
 		return
 	}
-	r.queue.reserve(r, streamBytes(s.left))
+	r.queue.reserve(r, holdFor(s.left, readHold))
 	for {
 		b, err := s.next()
 		if err != nil {
@@ -110,10 +112,10 @@ func read(r *Request) {
 // write brings the data of Write and Compare.
 func write(r *Request) {
 	s := r.stream
-	if !r.ns.inline {
-		r.queue.reserve(r, streamBytes(s.left))
-		if s.op == nvmeof.OpCompare {
-			r.ns.shadow.open(r.ns.arena) // now: nobody holds a piece while he waits for another
+	if compare := s.op == nvmeof.OpCompare; !r.ns.inline || compare {
+		r.queue.reserve(r, holdFor(s.left, writeHold))
+		if compare && !r.ns.inline {
+			r.ns.shadow.open(r.ns.arena)
 		}
 	}
 	r.receive(uint32(s.left), s, written)
@@ -223,9 +225,6 @@ func deallocate(r *Request) {
 
 // window is how many device operations of one command are in flight together.
 const window = 8
-
-// streamBytes is the most arena memory, in bytes, that a command of n bytes holds at one time.
-func streamBytes(n int64) int { return int(min(n, window*uring.LargeBuf)) }
 
 // stream moves a range of a device through a window of arena pieces: out of it by next, into it (or against it, for
 // Compare) as a sink. On a memory device the sink hands out the device's own memory.

@@ -148,6 +148,7 @@ func (c *fakeConn) Send(r *target.Request, b uring.Buf, last bool) {
 	x.out, x.last = append(x.out, b.Data...), last
 	c.mu.Unlock()
 	b.Put()
+	r.Taken()
 }
 
 // Complete implements target.Conn.
@@ -250,12 +251,18 @@ func (c *fakeConn) connect(d nvmeof.ConnectData, qid, sqsize uint16, kato uint32
 	return c.do(nvmeof.MakeConnect(1, qid, sqsize, 0, kato), nvmeof.ConnectDataSize, b, true).cqe
 }
 
-// ready connects and enables a controller with one I/O queue.
+// ready connects and enables a controller with one I/O queue, for as long as the test runs.
 func ready(t testing.TB, tg *target.Target, nqn string) (admin, io *fakeConn) {
+	t.Helper()
+	admin, io = connected(t, tg, nqn)
+	t.Cleanup(func() { io.end(); admin.end() })
+	return admin, io
+}
+
+func connected(t testing.TB, tg *target.Target, nqn string) (admin, io *fakeConn) {
 	t.Helper()
 	d := nvmeof.ConnectData{CNTLID: nvmeof.CNTLIDDynamic, SubNQN: nqn, HostNQN: "nqn.2014-08.org.nvmexpress:uuid:host"}
 	admin, io = newFake(t, tg, &target.Port{}, "admin"), newFake(t, tg, &target.Port{}, "io")
-	t.Cleanup(func() { io.end(); admin.end() })
 	cqe := admin.connect(d, 0, 31, 0)
 	if cqe.Status() != nvmeof.Success {
 		t.Fatal(cqe.Status())

@@ -89,7 +89,7 @@ func store(r *Request) {
 	}
 	size := c.KVSize()
 	if !n.inline {
-		r.queue.reserve(r, streamBytes(int64(size)))
+		r.queue.reserve(r, holdFor(int64(size), writeHold))
 	}
 	if r.writer == nil {
 		r.writer = new(kvlayer.Writer)
@@ -109,7 +109,7 @@ func retrieve(r *Request) {
 	c, n := &r.Cmd, r.ns
 	limit := int64(c.KVSize())
 	if !n.inline {
-		r.queue.reserve(r, streamBytes(limit))
+		r.queue.reserve(r, holdFor(limit, readHold))
 	}
 	if r.reader == nil {
 		r.reader = new(kvlayer.Reader)
@@ -149,7 +149,7 @@ func list(r *Request) {
 		r.complete(nvmeof.Success, 0)
 		return
 	}
-	r.queue.reserve(r, n)
+	r.queue.reserve(r, holdFor(int64(n), 1))
 	b := r.ns.arena.Get(n)
 	keys := nvmeof.NewKeyList(b.Data[:0:n])
 	var from kvlayer.Key // the zero Key is before all others

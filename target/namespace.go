@@ -30,11 +30,13 @@ type namespace struct {
 	users  sync.WaitGroup // commands in flight
 	shadow shadow
 	pulse  pulse
+	pool   *pool
+	own    int64 // large buffers of the arena that are its own
 }
 
 // openNamespace opens the device and, for a Key Value namespace, the store on it.
-func openNamespace(c configs.Namespace, arena *uring.Arena, log *slog.Logger) (*namespace, error) {
-	n := &namespace{Namespace: c, arena: arena}
+func openNamespace(c configs.Namespace, arena *uring.Arena, p *pool, log *slog.Logger) (*namespace, error) {
+	n := &namespace{Namespace: c, arena: arena, pool: p}
 	var err error
 	switch c.Device {
 	case configs.DeviceMemory:
@@ -45,7 +47,17 @@ func openNamespace(c configs.Namespace, arena *uring.Arena, log *slog.Logger) (*
 	if err != nil {
 		return nil, fmt.Errorf("namespace %d: %w", c.NSID, err)
 	}
-	n.inline = n.dev.View(0, 1) != nil
+	if n.inline = n.dev.View(0, 1) != nil; !n.inline {
+		own := int64(1) // for Compare
+		if c.Type == configs.KeyValue {
+			own = 2 // the store's
+		}
+		if err := p.takeForGood(own); err != nil {
+			n.dev.Close()
+			return nil, fmt.Errorf("namespace %d: %w", c.NSID, err)
+		}
+		n.own = own
+	}
 	lba := uint64(4096)
 	switch c.Type {
 	case configs.KeyValue:
@@ -60,6 +72,7 @@ func openNamespace(c configs.Namespace, arena *uring.Arena, log *slog.Logger) (*
 	}
 	if err != nil {
 		n.dev.Close()
+		p.giveForGood(n.own)
 		return nil, fmt.Errorf("namespace %d: %w", c.NSID, err)
 	}
 	n.lbads = uint8(bits.TrailingZeros64(lba))
@@ -75,7 +88,9 @@ func (n *namespace) close() error {
 	if n.store != nil {
 		err = n.store.Close()
 	}
-	return errors.Join(err, n.dev.Close())
+	err = errors.Join(err, n.dev.Close())
+	n.pool.giveForGood(n.own)
+	return err
 }
 
 // execute runs an I/O command of either command set.

@@ -10,7 +10,7 @@ import (
 )
 
 // queueBudget bounds the arena bytes that one queue's commands hold at one time, so that no host takes it all.
-const queueBudget = 8 << 20
+const queueBudget = 16 << 20
 
 // maxRequests is how many requests a queue can tell apart by their tags.
 const maxRequests = 1 << 16
@@ -99,25 +99,34 @@ func (q *Queue) took(r *Request) {
 	q.sqhd.Store((q.sqhd.Load() + 1) % q.size)
 }
 
-// reserve takes n bytes of the queue's share of the arena for r, waiting until its other commands have given back
-// enough. A command larger than the whole share gets all of it.
-func (q *Queue) reserve(r *Request, n int) {
-	n = min(n, queueBudget)
+// reserve takes what r will hold of the arena, waiting until the queue's other commands, and then those of all queues, have
+// given back enough. Never called on the connection's reader, which others may wait for.
+func (q *Queue) reserve(r *Request, h hold) {
+	if h == (hold{}) || r.kept.Data != nil { // data that came in the capsule: keep has reserved
+		return
+	}
 	q.mu.Lock()
-	for q.spent+n > queueBudget {
+	for q.spent+h.bytes() > queueBudget {
 		q.idle.Wait()
 	}
-	q.spent += n
-	r.budget = n
+	q.spent += h.bytes()
 	q.mu.Unlock()
+	q.target.pool.take(h)
+	r.hold = h
+	if r.room == nil {
+		r.room = make(chan struct{}, sendWindow)
+	}
 }
 
-func (q *Queue) unreserve(n int) {
-	if n > 0 {
+// giveBack ends r's reservation: it holds nothing of the arena any more.
+func (q *Queue) giveBack(r *Request) {
+	if r.hold != (hold{}) {
+		q.target.pool.give(r.hold)
 		q.mu.Lock()
-		q.spent -= n
+		q.spent -= r.hold.bytes()
 		q.idle.Broadcast()
 		q.mu.Unlock()
+		r.hold = hold{}
 	}
 }
 

@@ -1,6 +1,7 @@
 package target
 
 import (
+	"context"
 	"sync/atomic"
 	"time"
 
@@ -15,7 +16,8 @@ type Conn interface {
 	// Pull brings r.PullLength bytes of the command's data into the memory that r.Buffer hands out, and then calls
 	// r.Received; when the connection ends first, it calls r.Aborted.
 	Pull(r *Request)
-	// Send queues one piece of the command's data for the host. The connection owns b and puts it when it is out.
+	// Send queues one piece of the command's data for the host. The connection owns b; when it is out, it puts it and calls
+	// r.Taken.
 	Send(r *Request, b uring.Buf, last bool)
 	// Complete queues the completion r.CQE, behind the data, and calls r.Release when it is out.
 	Complete(r *Request)
@@ -38,14 +40,15 @@ type Request struct {
 	Sent       uint32 // bytes handed to Conn.Send so far: the offset of the next piece. Transports only read it
 	Async      bool   // the request no longer runs on the connection's reader. Transports only read it
 
-	queue  *Queue
-	sink   sink
-	step   func(*Request) // what happens next
-	run    func()         // runs step: made once, so that starting a goroutine allocates nothing
-	kept   uring.Buf      // Inline's bytes for a command that outlives Execute
-	budget int            // bytes reserved of the queue's
-	start  time.Time
-	ns     *namespace
+	queue *Queue
+	sink  sink
+	step  func(*Request) // what happens next
+	run   func()         // runs step: made once, so that starting a goroutine allocates nothing
+	kept  uring.Buf      // Inline's bytes for a command that outlives Execute
+	hold  hold           // reserved
+	room  chan struct{}  // full when sendWindow pieces wait to be sent; the pieces of reserved memory alone
+	start time.Time
+	ns    *namespace
 
 	// What commands need, made at the first use and kept.
 	writer *kvlayer.Writer
@@ -111,12 +114,34 @@ func (r *Request) proceed(step func(*Request)) {
 		step(r)
 		return
 	}
-	if r.Inline != nil { // the transport takes its memory back when Execute returns
-		r.kept = r.queue.target.arena.Get(len(r.Inline))
-		copy(r.kept.Data, r.Inline)
-		r.Inline = nil
+	r.detach(step)
+}
+
+// detach goes on with step in a goroutine, whatever the namespace.
+func (r *Request) detach(step func(*Request)) {
+	if len(r.Inline) > 0 { // the transport takes its memory back when Execute returns
+		r.keep()
 	}
+	r.Inline = nil
 	r.spawn(step)
+}
+
+// keep copies what came in the capsule. The reader may wait here: only for commands that have all they need and wait for
+// nothing but their device.
+func (r *Request) keep() {
+	t := r.queue.target
+	_ = t.pool.inline.Acquire(context.Background(), 1)
+	r.kept = t.arena.Get(len(r.Inline))
+	copy(r.kept.Data, r.Inline)
+}
+
+// drop ends what keep began.
+func (r *Request) drop() {
+	if r.kept.Data != nil {
+		r.kept.Put()
+		r.kept = uring.Buf{}
+		r.queue.target.pool.inline.Release(1)
+	}
 }
 
 // spawn goes on with step in a goroutine.
@@ -128,15 +153,28 @@ func (r *Request) spawn(step func(*Request)) {
 // send hands a piece of the command's data to the connection, which then owns it.
 func (r *Request) send(b uring.Buf, last bool) {
 	n := len(b.Data)
+	if r.hold != (hold{}) {
+		r.room <- struct{}{}
+	}
 	r.queue.conn.Send(r, b, last)
 	r.Sent += uint32(n)
+}
+
+// Taken tells that a piece of the command's data is out.
+func (r *Request) Taken() {
+	select {
+	case <-r.room:
+	default: // not of reserved memory
+	}
 }
 
 // complete ends the command.
 func (r *Request) complete(st nvmeof.Status, dw0 uint32) {
 	q := r.queue
-	r.kept.Put()
-	r.kept = uring.Buf{}
+	r.drop()
+	if r.Sent == 0 && !r.pinned { // else pieces are on their way to the host
+		q.giveBack(r)
+	}
 	r.CQE = nvmeof.MakeCompletion(dw0, 0, q.head(), q.id, r.Cmd.CID(), st)
 	if r.ns != nil {
 		r.ns.stats.observe(r.Cmd.Opcode(), st, time.Since(r.start), r.PullLength, r.Sent)
@@ -167,9 +205,9 @@ func (r *Request) Release() {
 		r.ns.users.Done()
 	}
 	q := r.queue
-	q.unreserve(r.budget)
+	q.giveBack(r)
 	r.Async = false
-	r.Inline, r.budget, r.ns, r.sink, r.step, r.PullLength, r.Sent = nil, 0, nil, nil, nil, 0, 0
+	r.Inline, r.ns, r.sink, r.step, r.PullLength, r.Sent = nil, nil, nil, nil, 0, 0
 	q.put(r)
 }
 

@@ -20,7 +20,7 @@ import (
 type statusConn struct{ cqe chan nvmeof.Completion }
 
 func (c *statusConn) Pull(r *Request)                      { r.Aborted() }
-func (c *statusConn) Send(_ *Request, b uring.Buf, _ bool) { b.Put() }
+func (c *statusConn) Send(r *Request, b uring.Buf, _ bool) { b.Put(); r.Taken() }
 func (c *statusConn) Close(string)                         {}
 func (c *statusConn) Name() string                         { return "192.0.2.1:50000" }
 func (c *statusConn) Complete(r *Request) {

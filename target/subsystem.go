@@ -64,7 +64,7 @@ func (s *subsystem) list() []*namespace {
 
 // apply opens, replaces and closes namespaces so that they match c, and returns the identifiers of those that
 // changed. A namespace that cannot be opened is left out.
-func (s *subsystem) apply(c configs.Subsystem, arena *uring.Arena, log *slog.Logger) (changed []uint32, err error) {
+func (s *subsystem) apply(c configs.Subsystem, arena *uring.Arena, p *pool, log *slog.Logger) (changed []uint32, err error) {
 	want := map[uint32]configs.Namespace{}
 	for _, n := range c.Namespaces {
 		want[n.NSID] = n
@@ -88,7 +88,7 @@ func (s *subsystem) apply(c configs.Subsystem, arena *uring.Arena, log *slog.Log
 		errs = append(errs, n.close())
 	}
 	for _, id := range slices.Sorted(maps.Keys(want)) {
-		n, err := openNamespace(want[id], arena, log.With("subsystem", s.NQN, "nsid", id))
+		n, err := openNamespace(want[id], arena, p, log.With("subsystem", s.NQN, "nsid", id))
 		if err != nil {
 			errs = append(errs, err)
 			s.mu.Lock()

@@ -21,6 +21,7 @@ import (
 type Target struct {
 	log     *slog.Logger
 	arena   *uring.Arena
+	pool    *pool
 	limits  configs.Limits
 	started time.Time
 
@@ -45,7 +46,7 @@ type Port struct {
 
 // New makes a target without subsystems. Payload moves through arena, which the caller owns and closes after Close.
 func New(arena *uring.Arena, limits configs.Limits, log *slog.Logger) *Target {
-	t := &Target{log: log, arena: arena, limits: limits, started: time.Now(), subsystems: map[string]*subsystem{}, ctrls: map[uint16]*Controller{}}
+	t := &Target{log: log, arena: arena, pool: newPool(arena), limits: limits, started: time.Now(), subsystems: map[string]*subsystem{}, ctrls: map[uint16]*Controller{}}
 	t.discovery = newSubsystem(configs.Subsystem{NQN: nvmeof.DiscoveryNQN, AllowAnyHost: true, Serial: "kvof-discovery"})
 	t.discovery.discovery = true
 	return t
@@ -96,7 +97,7 @@ func (t *Target) Apply(c *configs.Config) error {
 			t.subsystems[cs.NQN] = s
 		}
 		t.mu.Unlock()
-		changed, err := s.apply(cs, t.arena, t.log)
+		changed, err := s.apply(cs, t.arena, t.pool, t.log)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("subsystem %s: %w", cs.NQN, err))
 		}

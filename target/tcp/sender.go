@@ -43,6 +43,7 @@ type pdu struct {
 	n    int // bytes of head
 	buf  uring.Buf
 	tail [nvmeof.DigestSize]byte
+	of   *target.Request // told when the piece is out
 	end  *target.Request // released when the PDU is out
 	head [nvmeof.DataPDUSize + nvmeof.DigestSize + 128]byte
 }
@@ -68,7 +69,7 @@ func (s *sender) add() *pdu {
 		s.queue = s.queue[:len(s.queue)+1]
 	}
 	p := &s.queue[len(s.queue)-1]
-	p.buf, p.end = uring.Buf{}, nil
+	p.buf, p.of, p.end = uring.Buf{}, nil, nil
 	return p
 }
 
@@ -81,6 +82,7 @@ func (c *conn) Send(r *target.Request, b uring.Buf, last bool) {
 	p := c.tx.add()
 	if p == nil {
 		b.Put()
+		r.Taken()
 		return
 	}
 	flags := uint8(0)
@@ -88,7 +90,7 @@ func (c *conn) Send(r *target.Request, b uring.Buf, last bool) {
 		flags = nvmeof.FlagLast
 	}
 	p.n = nvmeof.EncodeData(p.head[:], nvmeof.PDUC2HData, flags, r.Cmd.CID(), 0, r.Sent, len(b.Data), c.align, c.dg)
-	p.buf = b
+	p.buf, p.of = b, r
 	p.tail = [4]byte{byte(digest), byte(digest >> 8), byte(digest >> 16), byte(digest >> 24)}
 	c.tx.mu.Unlock()
 	if r.Async {
@@ -252,10 +254,13 @@ func (s *sender) release() {
 	for i := range s.batch {
 		p := &s.batch[i]
 		p.buf.Put()
+		if p.of != nil {
+			p.of.Taken()
+		}
 		if p.end != nil {
 			p.end.Release()
 		}
-		p.buf, p.end = uring.Buf{}, nil
+		p.buf, p.of, p.end = uring.Buf{}, nil, nil
 	}
 	s.batch = s.batch[:0]
 }

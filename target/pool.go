@@ -1,0 +1,84 @@
+package target
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"golang.org/x/sync/semaphore"
+
+	"github.com/kvof/kvof/uring"
+)
+
+// pool promises the arena's buffers. A command is promised all that it will hold at one time before it asks its host for
+// data or reads its first byte, so nobody who holds a buffer, and no connection's reader, ever waits for another.
+type pool struct {
+	large, small *semaphore.Weighted
+	inline       *semaphore.Weighted // of two small buffers each, for commands whose data came in the capsule
+	spare        int64               // large buffers that namespaces may still take for good
+}
+
+// hold is what a command, or a namespace, has been promised: buffers of each class.
+type hold struct{ large, small int64 }
+
+func (h hold) bytes() int { return int(h.large*uring.LargeBuf + h.small*uring.SmallBuf) }
+
+// The most large buffers that one command holds: those at the device, and the one being filled or those being sent.
+const (
+	writeHold = window + 1
+	readHold  = window + sendWindow
+)
+
+// sendWindow is how many pieces of one command's data wait for the host to take them.
+const sendWindow = 4
+
+// holdFor is what a command holds that moves n bytes through at most so many large buffers. The last piece may be small.
+func holdFor(n, most int64) hold {
+	h := hold{large: n / uring.LargeBuf}
+	switch rest := n % uring.LargeBuf; {
+	case rest > uring.SmallBuf:
+		h.large++
+	case rest > 0:
+		h.small = 1
+	}
+	h.large = min(h.large, most)
+	return h
+}
+
+func newPool(arena *uring.Arena) *pool {
+	s := arena.Stats()
+	large, small := int64(s.Large.Free+s.Large.Used), int64(s.Small.Free+s.Small.Used)
+	return &pool{large: semaphore.NewWeighted(large), small: semaphore.NewWeighted(small / 2), inline: semaphore.NewWeighted(small / 4),
+		spare: large - readHold}
+}
+
+// take waits for buffers. Large before small, always, so that waiters never wait for each other.
+func (p *pool) take(h hold) {
+	if h.large > 0 {
+		_ = p.large.Acquire(context.Background(), h.large)
+	}
+	if h.small > 0 {
+		_ = p.small.Acquire(context.Background(), h.small)
+	}
+}
+
+func (p *pool) give(h hold) {
+	p.large.Release(h.large)
+	p.small.Release(h.small)
+}
+
+// takeForGood gives a namespace n large buffers for as long as it is open; enough stay for the largest command.
+func (p *pool) takeForGood(n int64) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	if n > p.spare || p.large.Acquire(ctx, n) != nil {
+		return fmt.Errorf("the buffer arena is used up: make memory.arena larger")
+	}
+	p.spare -= n
+	return nil
+}
+
+func (p *pool) giveForGood(n int64) {
+	p.spare += n
+	p.large.Release(n)
+}
