@@ -50,7 +50,7 @@ path = %q
 size = "1GiB"
 lba_size = 4096
 `
-	s := &server{name: "kvof", port: 4520}
+	s := &server{name: "kvof", port: freePort()}
 	s.args = func(dir string) ([]string, error) {
 		path := filepath.Join(dir, "idle.toml")
 		text := fmt.Sprintf(config, idleArena, filepath.Join(dir, "idle.sock"), s.port, kvNQN, filepath.Join(dir, "kv.img"), filepath.Join(dir, "block.img"))

@@ -40,14 +40,20 @@ type server struct {
 
 func (s *server) address() string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(s.port)) }
 
+// freePort is one that nobody listens on now.
+func freePort() int {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return 0 // the server will say what is wrong
+	}
+	defer l.Close()
+	return l.Addr().(*net.TCPAddr).Port
+}
+
 func (s *server) start(b *bench) error {
 	args, err := s.args(b.dir)
 	if err != nil {
 		return err
-	}
-	if c, err := net.Dial("tcp", s.address()); err == nil {
-		c.Close()
-		return fmt.Errorf("%s: something listens on %s already", s.name, s.address())
 	}
 	s.log.Reset()
 	s.cmd = exec.Command("taskset", append([]string{"-c", serverCore}, args...)...)
@@ -114,7 +120,7 @@ device = "memory"
 size = "512MiB"
 lba_size = 4096
 `
-	s := &server{name: "kvof", port: 4520}
+	s := &server{name: "kvof", port: freePort()}
 	s.args = func(dir string) ([]string, error) {
 		path := filepath.Join(dir, "kvof.toml")
 		text := fmt.Sprintf(config, filepath.Join(dir, "kvof.sock"), s.port, kvNQN, blockNQN)
@@ -133,7 +139,7 @@ func (b *bench) warmBlock(s *server, nqn string) error {
 }
 
 func (b *bench) redisServer() *server {
-	s := &server{name: "redis", port: 6390, warm: warmPeer("redis")}
+	s := &server{name: "redis", port: freePort(), warm: warmPeer("redis")}
 	s.args = func(string) ([]string, error) {
 		return []string{"redis-server", "--port", strconv.Itoa(s.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--io-threads", "1"}, nil
 	}
@@ -141,7 +147,7 @@ func (b *bench) redisServer() *server {
 }
 
 func (b *bench) memcachedServer() *server {
-	s := &server{name: "memcached", port: 11290, warm: warmPeer("memcached")}
+	s := &server{name: "memcached", port: freePort(), warm: warmPeer("memcached")}
 	s.args = func(string) ([]string, error) {
 		return []string{"memcached", "-u", "nobody", "-l", "127.0.0.1", "-p", strconv.Itoa(s.port), "-t", "1", "-m", "2048", "-I", "8m", "-U", "0"}, nil
 	}
@@ -155,7 +161,7 @@ func warmPeer(protocol string) func(*bench, *server) error {
 }
 
 // spdkServer is SPDK's nvmf_tgt with a malloc bdev; maxIO is the transport's max_io_size.
-func (b *bench) spdkServer(name string, port, maxIO int) *server {
+func (b *bench) spdkServer(name string, maxIO int) *server {
 	const config = `{"subsystems": [
 {"subsystem": "bdev", "config": [
   {"method": "bdev_malloc_create", "params": {"name": "Malloc0", "num_blocks": 131072, "block_size": 4096}}]},
@@ -166,12 +172,12 @@ func (b *bench) spdkServer(name string, port, maxIO int) *server {
   {"method": "nvmf_subsystem_add_listener", "params": {"nqn": %[2]q,
     "listen_address": {"trtype": "TCP", "adrfam": "IPv4", "traddr": "127.0.0.1", "trsvcid": "%[3]d"}}}]}]}
 `
-	s := &server{name: name, port: port}
+	s := &server{name: name, port: freePort()}
 	s.args = func(dir string) ([]string, error) {
-		path := filepath.Join(dir, fmt.Sprintf("spdk-%d.json", port))
-		text := fmt.Sprintf(config, maxIO, spdkNQN, port)
+		path := filepath.Join(dir, fmt.Sprintf("spdk-%d.json", s.port))
+		text := fmt.Sprintf(config, maxIO, spdkNQN, s.port)
 		return []string{filepath.Join(b.spdk, "build/bin/nvmf_tgt"), "-m", "0x1", "--no-huge", "-s", "2048", "--disable-cpumask-locks",
-			"-r", filepath.Join(dir, fmt.Sprintf("spdk-%d.sock", port)), "-c", path}, os.WriteFile(path, []byte(text), 0o600)
+			"-r", filepath.Join(dir, fmt.Sprintf("spdk-%d.sock", s.port)), "-c", path}, os.WriteFile(path, []byte(text), 0o600)
 	}
 	s.warm = func(b *bench, s *server) error { return b.warmBlock(s, spdkNQN) }
 	return s
@@ -203,22 +209,38 @@ func cpuOf(pid int) (time.Duration, bool) {
 	return time.Duration(user+system) * 10 * time.Millisecond, true // USER_HZ is 100
 }
 
-// usage watches the CPU time of processes while a client runs.
-type usage struct {
-	at   []time.Time
-	cpus [][]time.Duration // by sample, by process
+// busy is the CPU time that the whole machine has used or, stolen, could not use.
+func busy() time.Duration {
+	stat, err := os.ReadFile("/proc/stat")
+	if err != nil {
+		return 0
+	}
+	f := strings.Fields(string(stat[:bytes.IndexByte(stat, '\n')])) // cpu user nice system idle iowait irq softirq steal
+	sum := 0
+	for _, i := range []int{1, 2, 3, 6, 7, 8} {
+		n, _ := strconv.Atoi(f[i])
+		sum += n
+	}
+	return time.Duration(sum) * 10 * time.Millisecond
 }
 
-func watch(ctx context.Context, pids ...int) (wait func() *usage) {
+// usage is CPU time, sampled while a client runs.
+type usage struct {
+	at   []time.Time
+	cpus [][3]time.Duration // server, client, whole machine
+}
+
+// watch samples until ctx ends.
+func watch(ctx context.Context, server, client int) (wait func() *usage) {
 	u, done := new(usage), make(chan struct{})
 	go func() {
 		defer close(done)
 		for ctx.Err() == nil {
-			sample := make([]time.Duration, len(pids))
-			for i, pid := range pids {
-				sample[i], _ = cpuOf(pid)
-			}
-			u.at, u.cpus = append(u.at, time.Now()), append(u.cpus, sample)
+			var now [3]time.Duration
+			now[0], _ = cpuOf(server)
+			now[1], _ = cpuOf(client)
+			now[2] = busy()
+			u.at, u.cpus = append(u.at, time.Now()), append(u.cpus, now)
 			select {
 			case <-time.After(100 * time.Millisecond):
 			case <-ctx.Done():
@@ -228,8 +250,8 @@ func watch(ctx context.Context, pids ...int) (wait func() *usage) {
 	return func() *usage { <-done; return u }
 }
 
-// cores is the share of a core that process i used in the middle of the last d before end.
-func (u *usage) cores(i int, end time.Time, d time.Duration) float64 {
+// cores are the cores used in the middle of the last d before end: by the server, the client, and others.
+func (u *usage) cores(end time.Time, d time.Duration) (server, client, others float64) {
 	first, last := -1, -1
 	for j, at := range u.at {
 		if at.After(end.Add(-d*85/100)) && at.Before(end.Add(-d*15/100)) {
@@ -240,7 +262,11 @@ func (u *usage) cores(i int, end time.Time, d time.Duration) float64 {
 		}
 	}
 	if first == last {
-		return 0
+		return 0, 0, 0
 	}
-	return float64(u.cpus[last][i]-u.cpus[first][i]) / float64(u.at[last].Sub(u.at[first]))
+	share := func(i int) float64 {
+		return float64(u.cpus[last][i]-u.cpus[first][i]) / float64(u.at[last].Sub(u.at[first]))
+	}
+	server, client = share(0), share(1)
+	return server, client, max(0, share(2)-server-client)
 }

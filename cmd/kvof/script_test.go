@@ -49,7 +49,7 @@ func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/script",
 		Setup: func(env *testscript.Env) error {
-			io, discovery := freeAddress(t), freeAddress(t)
+			io, discovery := freeAddresses(t)
 			env.Setenv("IO_ADDRESS", io)
 			env.Setenv("KVOF_ADDRESS", discovery)
 			return os.WriteFile(filepath.Join(env.WorkDir, "memory.toml"), fmt.Appendf(nil, serverConfig, filepath.Join(env.WorkDir, "kvof.sock"), io, discovery), 0o600)
@@ -58,13 +58,17 @@ func TestScripts(t *testing.T) {
 	})
 }
 
-func freeAddress(t *testing.T) string {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+// freeAddresses returns two addresses, held together so that they differ.
+func freeAddresses(t *testing.T) (a, b string) {
+	for _, addr := range []*string{&a, &b} {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		*addr = l.Addr().String()
 	}
-	defer l.Close()
-	return l.Addr().String()
+	return a, b
 }
 
 func await(ts *testscript.TestScript, _ bool, _ []string) {

@@ -40,14 +40,14 @@ truncate -s 8G "$tmp/disk"
 
 # hardened_usercopy: Linux 6.1 takes a socket's data for an overrun, and stops the reader, when it comes from
 # a huge page of a host on the same machine.
-append="console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on audit=0 apparmor=0 nowatchdog
-	no_timer_check tsc=reliable hardened_usercopy=off"
+append=(console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on audit=0 apparmor=0 nowatchdog
+	no_timer_check tsc=reliable hardened_usercopy=off)
 
 # The scripts write to the second serial port. isa-debug-exit makes QEMU exit with 2 * status + 1.
 status=0
 timeout -k 5 "$limit" qemu-system-x86_64 -accel tcg,thread=multi -M q35 -cpu max -smp "$cpus" -m "$memory" \
 	-nodefaults -no-user-config -display none -no-reboot -nic none \
-	-kernel "$image/vmlinuz" -initrd "$tmp/initrd" -append "${append//[$'\n\t']/ }" \
+	-kernel "$image/vmlinuz" -initrd "$tmp/initrd" -append "${append[*]}" \
 	-serial "$console" -serial file:/dev/stdout \
 	-drive "file=$tmp/disk,if=virtio,format=raw,cache=unsafe,discard=unmap" -device virtio-rng-pci \
 	-device isa-debug-exit,iobase=0xf4 < /dev/null | cat || status=${PIPESTATUS[0]}

@@ -27,7 +27,7 @@ wait_for() {
 		[ $SECONDS -lt $end ] || die "still not so: $*"
 		sleep 0.1
 	done
-	echo "$out"
+	[ -z "$out" ] || echo "$out"
 }
 
 finish() {
@@ -61,7 +61,7 @@ ip=127.0.0.1 io=4420 discovery=8009
 disks=nqn.2026-11.dev.kvof:disks   # namespace 1: KV; 2 and 3: block, with LBAs of 512 and 4096 bytes
 memory=nqn.2026-11.dev.kvof:memory # namespace 1: KV, values up to 4 MiB; 2: block
 
-# configure prints the configuration all scripts use.
+# configure [NSID] prints the configuration all scripts use, with one more disk on request.
 configure() {
 	cat <<-END
 		[memory]
@@ -81,6 +81,7 @@ configure() {
 	namespace 1 kv file kv.img 3GiB
 	namespace 2 block file block512.img 512MiB 512
 	namespace 3 block file block4096.img 512MiB 4096
+	[ $# = 0 ] || namespace "$1" block file "block$1.img" 64MiB 4096
 	cat <<-END
 
 		[[subsystem]]
@@ -98,6 +99,9 @@ namespace() {
 	[ -z "$4" ] || echo "path = \"$4\""
 	[ -z "${6:-}" ] || echo "lba_size = $6"
 }
+
+# sized DISK BYTES: a disk appears a moment before its size does.
+sized() { [ "$(blockdev --getsize64 "$1")" = "$2" ]; }
 
 listens() { (: < "/dev/tcp/$ip/$1") 2>/dev/null; }
 start_target() {
@@ -177,7 +181,7 @@ kv_command() {
 	for i in 0 8 16 24; do dwords+=("0x${k:i+6:2}${k:i+4:2}${k:i+2:2}${k:i:2}"); done
 	# Clients leave what they like in CDW12 and CDW13.
 	read -r sc dw0 < <("${send[@]}" "$kv" 1 "$opcode" "${dwords[@]:0:2}" "$size" $((${#key} / 2 | option << 8)) \
-		0x77 0x88 "${dwords[@]:2}" "$length" "$file")
+		0x77 0x88 "${dwords[@]:2}" "$length" "$file") || return
 	printf -v sc %x $((0x$sc & 0x7ff))
 	dw0=$((0x$dw0))
 }

@@ -19,7 +19,7 @@ for case in '2 9' '3 12'; do
 	nvme id-ns "$ctrl" -n $nsid -o json > log
 	jq -e --argjson shift $shift '.lbafs[.flbas % 16].ds == $shift and
 		.nsze == 512 * 1048576 / pow(2; $shift) and .ncap == .nsze' log
-	[ "$(blockdev --getsize64 "$(block $disks $nsid)")" = $((512 << 20)) ]
+	wait_for 10 sized "$(block $disks $nsid)" $((512 << 20))
 	[ "$(blockdev --getss "$(block $disks $nsid)")" = $((1 << shift)) ]
 done
 

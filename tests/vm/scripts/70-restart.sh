@@ -23,7 +23,7 @@ for round in 1 2 3; do
 	kill -0 $fio
 	kill_target KILL
 	value unfinished > v
-	(store ff v && answers 0) && die 'a Store succeeded without a target'
+	fails store ff v
 	start_target
 	wait_for 30 live "$ctrl"
 done
@@ -36,7 +36,7 @@ for i in $(cat stored); do
 	answers 0 "$(stat -c %s v)"
 	same out v
 done
-[ "$(wc -l < stored)" -gt 10 ]
+[ "$(wc -l < stored)" -ge 3 ]
 
 it 'a Store that is under way when the target is killed leaves the old value, the new one or none'
 head -c 16M /dev/urandom > old

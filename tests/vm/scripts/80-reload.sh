@@ -16,16 +16,13 @@ generation() { nvme discover -t tcp -a $ip -s $discovery -o json | jq .genctr; }
 it 'a namespace that a reload adds appears on a connected host by itself'
 before=$(generation)
 {
-	configure | sed "/$memory/,\$d" | sed '$d'
-	namespace 4 block file block4.img 64MiB 4096
-	configure | sed -n "/$memory/,\$p" | sed '1i [[subsystem]]'
+	configure 4
 	printf '\n[[subsystem]]\nnqn = "%s"\nallow_any_host = true\n' $added
 	namespace 1 kv memory '' 64MiB
-} > new.toml
-mv new.toml kvof.toml
+} > kvof.toml
 kill -HUP $target
 wait_for 10 find_device $disks 4
-[ "$(blockdev --getsize64 "$(block $disks 4)")" = $((64 << 20)) ]
+wait_for 10 sized "$(block $disks 4)" $((64 << 20))
 live "$ctrl"
 
 it 'a subsystem that a reload adds is announced to the discovery controller of every host'
