@@ -68,14 +68,17 @@ lba_size = 4096
 		idleControllers, idleQueues, idleDepth, idleTime)
 	row := func(n int) error {
 		time.Sleep(time.Second)
-		before, _ := cpuOf(pid)
+		before, err := ran(pid)
+		if err != nil {
+			return fmt.Errorf("%w: %s", err, &s.log)
+		}
 		time.Sleep(idleTime)
-		after, ok := cpuOf(pid)
-		if !ok {
-			return fmt.Errorf("the server is gone: %s", &s.log)
+		after, err := ran(pid)
+		if err != nil {
+			return fmt.Errorf("%w: %s", err, &s.log)
 		}
 		rss, arena, err := resident(pid)
-		fmt.Printf("| %d | %.1f | %.1f | **%.1f** | **%.2f** |\n", n, rss/mib, arena/mib, (rss-arena)/mib, float64(after-before)/float64(idleTime)*100)
+		fmt.Printf("| %d | %.1f | %.1f | **%.1f** | **%.3f** |\n", n, rss/mib, arena/mib, (rss-arena)/mib, float64(after-before)/float64(idleTime)*100)
 		return err
 	}
 	if err := row(0); err != nil {
@@ -97,6 +100,27 @@ lba_size = 4096
 	}
 	fmt.Println()
 	return nil
+}
+
+// ran is the CPU time of a process's threads, to the nanosecond. Those of Go programs do not end.
+func ran(pid int) (sum time.Duration, err error) {
+	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", pid))
+	if err != nil || len(tasks) == 0 {
+		return 0, fmt.Errorf("process %d is gone", pid)
+	}
+	for _, path := range tasks {
+		stat, err := os.ReadFile(path)
+		if err != nil {
+			return 0, err
+		}
+		first, _, _ := strings.Cut(string(stat), " ")
+		n, err := strconv.ParseInt(first, 10, 64)
+		if err != nil {
+			return 0, err
+		}
+		sum += time.Duration(n)
+	}
+	return sum, nil
 }
 
 // resident returns a process's resident bytes, and those in the mapping of the arena, which is known by its size.

@@ -43,16 +43,20 @@ truncate -s 8G "$tmp/disk"
 append=(console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on audit=0 apparmor=0 nowatchdog
 	no_timer_check tsc=reliable hardened_usercopy=off)
 
-# The scripts write to the second serial port. isa-debug-exit makes QEMU exit with 2 * status + 1.
+# The scripts write to the second serial port. isa-debug-exit makes QEMU exit with
+# 2 * n + 1 for the n that the guest writes: one more than the number that failed, for 1 is QEMU's own.
 status=0
-timeout -k 5 "$limit" qemu-system-x86_64 -accel tcg,thread=multi -M q35 -cpu max -smp "$cpus" -m "$memory" \
+timeout --foreground -k 5 "$limit" qemu-system-x86_64 -accel tcg,thread=multi -M q35 -cpu max -smp "$cpus" -m "$memory" \
 	-nodefaults -no-user-config -display none -no-reboot -nic none \
 	-kernel "$image/vmlinuz" -initrd "$tmp/initrd" -append "${append[*]}" \
 	-serial "$console" -serial file:/dev/stdout \
 	-drive "file=$tmp/disk,if=virtio,format=raw,cache=unsafe,discard=unmap" -device virtio-rng-pci \
 	-device isa-debug-exit,iobase=0xf4 < /dev/null | cat || status=${PIPESTATUS[0]}
-case $status in
-124 | 137) echo "run.sh: no end within $limit s" >&2; exit 124 ;;
-*[13579]) exit $((status / 2)) ;;
-*) echo "run.sh: the guest died (run with -v to see its console)" >&2; exit 125 ;;
-esac
+if [ $status = 124 ] || [ $status = 137 ]; then
+	echo "run.sh: no end within $limit s" >&2
+	exit 124
+elif ((status < 3 || status % 2 == 0)); then
+	echo "run.sh: the guest died (run with -v to see its console)" >&2
+	exit 125
+fi
+exit $((status / 2 - 1))

@@ -10,18 +10,17 @@
 # of this file; a folder that exists is complete. Needs root, and the machine's own apt sources.
 set -euo pipefail
 
-tools=(qemu-system-x86 mmdebstrap cpio kmod)
-packages=bash,busybox-static,coreutils,diffutils,e2fsprogs,fio,grep,iproute2,jq,kmod,mawk,mount,nvme-cli,procps,sed,tcpdump,util-linux
-modules=(virtio_pci virtio_blk virtio_rng ext4 crc32c_generic crc32c_intel crc32_generic
-	nvme_tcp nvmet_tcp null_blk loop sch_netem)
+packages=bash,busybox-static,coreutils,diffutils,e2fsprogs,fio,grep,jq,kmod,mawk,mount,nvme-cli,sed,tcpdump,util-linux
+modules=(virtio_pci virtio_blk virtio_rng ext4 crc32c_generic crc32c_intel crc32_generic nvme_tcp)
 
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/kvof/vm
 recipe=$(sha256sum "$0" | cut -c1-12)
 
 install_tools() {
-	dpkg-query -W "${tools[@]}" 2>/dev/null | awk 'NF < 2 {exit 1}' && return
+	type -P qemu-system-x86_64 mmdebstrap cpio depmod > /dev/null && return
 	apt-get update -qq
-	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${tools[@]}"
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+		qemu-system-x86 mmdebstrap cpio kmod
 }
 
 # mirror prints the address this machine takes Debian from.
@@ -45,13 +44,11 @@ unpack() {
 # keep_modules ROOT VERSION: drops every module the tests do not need.
 keep_modules() {
 	local root=$1 version=$2 m
-	local dir=$root/lib/modules/$version
 	depmod -b "$root" "$version"
 	for m in "${modules[@]}"; do
 		modprobe -d "$root" -S "$version" --show-depends "$m" 2>/dev/null || true
-	done | awk '$1 == "insmod" {print $2}' | sort -u > "$root.keep"
-	find "$dir" -name '*.ko*' | sed "s#^$root/usr/#$root/#" | sort |
-		comm -23 - <(sed "s#^$root/usr/#$root/#" "$root.keep") | tr '\n' '\0' | xargs -0 rm -f
+	done | sed -n 's#^insmod .*\(/[^/ ]*\) *$#\1#p' > "$root.keep"
+	find "$root/lib/modules/" -name '*.ko*' | grep -vFf "$root.keep" | xargs rm
 	depmod -b "$root" "$version"
 }
 
@@ -59,7 +56,9 @@ build() {
 	local kernel=$1 image=$cache/$1-$recipe work root version
 	[ -d "$image" ] && return
 	install_tools >&2
-	work=$(mktemp -d "$cache/build.XXXXXX")
+	work=$cache/build
+	rm -rf "$work"
+	mkdir "$work"
 	root=$work/root
 	case $kernel in
 	6.1) unpack "$root" bookworm linux-image-amd64 ;;
@@ -83,7 +82,7 @@ build() {
 mkdir -p "$cache"
 exec 9> "$cache/lock"
 for kernel; do
-	[ -d "$cache/$kernel-$recipe" ] || flock 9
+	flock 9
 	build "$kernel"
 	echo "$cache/$kernel-$recipe"
 done

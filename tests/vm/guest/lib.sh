@@ -33,9 +33,12 @@ wait_for() {
 finish() {
 	local status=$?
 	trap - ERR EXIT
-	if [ $status = 0 ] && dmesg | grep -E 'WARNING:|BUG:|Oops|Call Trace|blocked for more'; then
-		failed='the kernel complains' status=1
-	fi
+	set +e
+	nvme disconnect-all
+	kill $(jobs -p)
+	complain() { [ $status != 0 ] || failed=$1 status=1; }
+	wait "${target:-}" || complain "the target ended with status $?"
+	dmesg | grep -E 'WARNING:|BUG:|Oops|Call Trace|blocked for more' && complain 'the kernel complains'
 	if [ $status = 0 ]; then
 		pass
 	else
@@ -43,11 +46,8 @@ finish() {
 		dmesg > kernel.log
 		tail -n 40 output kvof.log kernel.log >&3
 	fi
-	nvme disconnect-all || true
-	kill $(jobs -p) && wait_for 10 ended || kill -KILL $(jobs -p) || true
 	exit $status
 }
-ended() { [ -z "$(jobs -pr)" ]; }
 
 # at names the line of the script that came to LINENO in some function, or is there itself.
 at() { local line=${BASH_LINENO[-2]}; echo "line $line: $(sed -n "${line}p" "$0")"; }
