@@ -150,7 +150,7 @@ func (b *bench) peerBench(s *server, protocol, op string, connections, depth int
 // spdkPerf is the command line of SPDK's host.
 func (b *bench) spdkPerf(s *server, nqn, op string, size, depth int) []string {
 	args := []string{filepath.Join(b.spdk, "build/bin/spdk_nvme_perf"), "--no-huge", "-s", "1024", "-c", "0x2", "-L", "-w", op,
-		"-o", strconv.Itoa(size), "-q", strconv.Itoa(depth), "-t", strconv.Itoa(max(1, int(b.time.Seconds()))),
+		"-o", strconv.Itoa(size), "-q", strconv.Itoa(depth), "-t", strconv.Itoa(int(b.time.Seconds())),
 		"-r", fmt.Sprintf("trtype:TCP adrfam:IPv4 traddr:127.0.0.1 trsvcid:%d subnqn:%s", s.port, nqn)}
 	if b.digests {
 		args = append(args, "-H", "-I")
@@ -351,7 +351,7 @@ func main() {
 	b := &bench{spdk: os.Getenv("SPDK_DIR")}
 	flag.StringVar(&b.kvof, "kvof", "bin/kvof", "the kvof binary (make build)")
 	flag.IntVar(&b.rounds, "rounds", 5, "rounds of each comparison")
-	flag.DurationVar(&b.time, "time", 2*time.Second, "of one measurement")
+	flag.DurationVar(&b.time, "time", 2*time.Second, "of one measurement, in whole seconds as SPDK's host takes them")
 	flag.BoolVar(&b.digests, "digests", false, "with header and data digests (SPDK comparisons)")
 	names := []string{"idle", "allocs"}
 	for _, c := range comparisons {
@@ -367,6 +367,9 @@ func main() {
 		if !slices.Contains(names, n) {
 			log.Fatalf("%q is none of: %s", n, strings.Join(names, " "))
 		}
+	}
+	if b.time < time.Second || b.time%time.Second != 0 || b.rounds < 1 {
+		log.Fatal("-time is in whole seconds, and there is a round at least")
 	}
 	if err := b.run(flag.Args()); err != nil {
 		log.Fatal(err)
