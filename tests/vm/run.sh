@@ -41,7 +41,7 @@ truncate -s 8G "$tmp/disk"
 # hardened_usercopy: Linux 6.1 takes a socket's data for an overrun, and stops the reader, when it comes from
 # a huge page of a host on the same machine.
 append=(console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on audit=0 apparmor=0 nowatchdog
-	no_timer_check tsc=reliable hardened_usercopy=off)
+	no_timer_check tsc=reliable hardened_usercopy=off rcupdate.rcu_cpu_stall_suppress=1)
 
 # The scripts write to the second serial port. isa-debug-exit makes QEMU exit with
 # 2 * n + 1 for the n that the guest writes: one more than the number that failed, for 1 is QEMU's own.
