@@ -21,7 +21,7 @@ import (
 // A host that takes nothing, or stops in the middle of what it sends, loses its connection, and everything comes back.
 func TestStalls(t *testing.T) {
 	defer func(d time.Duration) { stallLimit = d }(stallLimit)
-	stallLimit = 300 * time.Millisecond
+	stallLimit = time.Second
 	both := nvmeof.Digests{Header: true, Data: true}
 	store := func(size int, key string) nvmeof.Command {
 		c := kvCommand(nvmeof.OpStore, 1, key, size)
@@ -34,7 +34,8 @@ func TestStalls(t *testing.T) {
 			_, id := e.admin(noDigests, 0)
 			setup := e.io(id, 64, noDigests, 0)
 			setup.store(1, "large", pattern(1, 32<<20), false)
-			for name, stall := range map[string]func(h *host){
+			qid := uint16(0)
+			for _, stall := range map[string]func(h *host){
 				"takes nothing": func(h *host) {
 					for i := range 8 {
 						c := kvCommand(nvmeof.OpRetrieve, 1, "large", 32<<20)
@@ -73,26 +74,12 @@ func TestStalls(t *testing.T) {
 					h.write(h.capsule(&c, make([]byte, 8))[:70+8])
 				},
 			} {
-				t.Run(name, func(t *testing.T) {
-					h := e.dial(both, 0)
-					eventually(t, func() error {
-						if st := h.tryConnect(id, 1, 127, 0).Status(); st != nvmeof.Success {
-							return st
-						}
-						return nil
-					})
-					stall(h)
-					eventually(t, func() error {
-						e.l.mu.Lock()
-						defer e.l.mu.Unlock()
-						if len(e.l.conns) != 2 {
-							return fmt.Errorf("%d connections", len(e.l.conns))
-						}
-						return nil
-					})
-					e.quiet(1)
-				})
+				qid++
+				h := e.io(id, qid, both, 0)
+				stall(h)
 			}
+			connections(e, 2)
+			e.quiet(1)
 			if r := setup.do(kvCommand(nvmeof.OpRetrieve, 1, "large", 0), nil, false, 0); r.DW0() != 32<<20 { // idle is no stall
 				t.Error(r.Status())
 			}
@@ -200,14 +187,14 @@ func connections(e *env, n int) {
 // a controller.
 func TestKeepAlive(t *testing.T) {
 	e := serve(t, 8<<20, kv(1, configs.DeviceMemory, "", 64<<20))
-	silent, id := e.admin(noDigests, 200)
+	silent, id := e.admin(noDigests, 1000)
 	silentIO := e.io(id, 1, noDigests, 0)
-	again, id2 := e.admin(noDigests, 200)
+	again, id2 := e.admin(noDigests, 1000)
 	if id == id2 {
 		t.Errorf("the half-open controller's CNTLID %d was given again", id)
 	}
 	io := e.io(id2, 1, noDigests, 0)
-	stop := time.Now().Add(time.Second)
+	stop := time.Now().Add(3 * time.Second)
 	for i := 0; time.Now().Before(stop); i++ { // on the I/O queue alone (TBKAS)
 		io.store(1, "key", pattern(uint64(i), 100), true)
 		time.Sleep(20 * time.Millisecond)
@@ -217,7 +204,7 @@ func TestKeepAlive(t *testing.T) {
 	e.quiet(1)
 	var ka nvmeof.Command
 	ka.SetHeader(nvmeof.OpKeepAlive, 0, 0)
-	for range 10 {
+	for range 30 {
 		if st := again.do(ka, nil, false, 0).Status(); st != nvmeof.Success {
 			t.Fatal(st)
 		}
