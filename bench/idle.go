@@ -151,7 +151,7 @@ func resident(pid int) (all, arena float64, err error) {
 
 // allocs runs the Go benchmarks of the rooms on the I/O path.
 func (b *bench) allocs() error {
-	args := []string{"test", "-run=^$", "-bench=.", "-benchmem", "-benchtime=200ms", "./bench", "./host", "./uring", "./kvlayer", "./nvmeof"}
+	args := []string{"test", "-run=^$", "-bench=.", "-benchmem", "-benchtime=200ms", "./bench", "./target/...", "./host", "./uring", "./kvlayer", "./nvmeof"}
 	out, err := exec.Command("go", args...).Output()
 	if err != nil {
 		return fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), err, out)
