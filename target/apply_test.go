@@ -42,7 +42,7 @@ func TestRemoveBusyNamespace(t *testing.T) {
 		t.Fatalf("the namespace went with a command in flight: %v", err)
 	case <-time.After(20 * time.Millisecond):
 	}
-	io.release()
+	io.release(1)
 	await(t, x.done, "completion")
 	if st := x.cqe.Status(); st != nvmeof.Success {
 		t.Error(st)

@@ -116,14 +116,24 @@ func (c *fakeConn) deliver(r *target.Request, x *command) {
 	r.Received(nvmeof.Success)
 }
 
-// release lets the host send what it held back, and tells whether it was asked.
-func (c *fakeConn) release() (n int) {
-	c.mu.Lock()
+// release lets the host send what it held back, once n commands have been asked for theirs, and tells how many were.
+func (c *fakeConn) release(n int) int {
 	var rs []*target.Request
-	for r, x := range c.cmds {
-		if x.hold = false; x.pull {
-			rs = append(rs, r)
+	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+		rs = rs[:0]
+		c.mu.Lock()
+		for r, x := range c.cmds {
+			if x.pull {
+				rs = append(rs, r)
+			}
 		}
+		if len(rs) >= n || time.Now().After(end) {
+			for _, x := range c.cmds {
+				x.hold = false
+			}
+			break
+		}
+		c.mu.Unlock()
 	}
 	c.mu.Unlock()
 	for _, r := range rs {

@@ -180,7 +180,7 @@ func (s *script) run(t *testing.T, d *datadriven.TestData) string {
 			return "not ended\n"
 		}
 	case "send": // the data that was held back
-		n := c.release()
+		n := c.release(int(a.num("n", 0)))
 		return fmt.Sprintf("%d commands\n", n)
 	case "events": // the completions of held commands
 		return s.events(c, int(a.num("n", 0)))
