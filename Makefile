@@ -8,7 +8,7 @@ VM_LIMIT := 1500
 # For each fuzz target, in executions.
 FUZZTIME := 10000x
 
-.PHONY: build run test lint unit fuzz vuln vm bench fmt clean
+.PHONY: build run test lint unit fuzz vuln systemd vm bench fmt clean
 .NOTPARALLEL: # the tests measure time: one kind at a time
 
 build:
@@ -24,7 +24,7 @@ run: build
 	@echo
 	@exec bin/kvof serve --config configs/embedded.toml
 
-test: lint unit fuzz vuln vm
+test: lint unit fuzz vuln systemd vm
 
 lint:
 	@files=$$(gofmt -l .) && if [ -n "$$files" ]; then echo "make fmt would change: $$files"; exit 1; fi
@@ -50,6 +50,10 @@ vuln:
 	3) echo "$$out"; exit 3 ;; \
 	*) echo "$$out" | grep -q 'vuln\.go\.dev' || { echo "$$out"; exit 1; }; echo 'govulncheck: left out, https://vuln.go.dev cannot be reached' ;; \
 	esac
+
+# The units under a real systemd, in namespaces of their own.
+systemd: build
+	@tests/systemd/run.sh
 
 # One guest for each kernel, side by side. bin/vm-KERNEL.log keeps what they say.
 vm: build
