@@ -596,6 +596,48 @@ func TestHostile(t *testing.T) {
 	}
 }
 
+// TestTermReq: a target that breaks the protocol is told so, but never in answer to a termination request.
+func TestTermReq(t *testing.T) {
+	whole := func(typ uint8) []byte {
+		return nvmeof.AppendTerm(nil, typ, &nvmeof.TermError{FES: 1, FEI: 2}, make([]byte, 72))
+	}
+	short := whole(nvmeof.PDUC2HTermReq)
+	short[2] = 23 // HLEN
+	long := whole(nvmeof.PDUC2HTermReq)
+	long[4] = 200 // PLEN
+	for name, tc := range map[string]struct {
+		pdu  []byte
+		want int // bytes from the host
+	}{
+		"type":        {[]byte{99, 0, 24, 0, 24, 0, 0, 0}, 2 * nvmeof.DataPDUSize},
+		"termination": {whole(nvmeof.PDUC2HTermReq), 0},
+		"HLEN":        {short, 0},
+		"PLEN":        {long, 0},
+		"of a host":   {whole(nvmeof.PDUH2CTermReq), 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFake(t)
+			got := make(chan []byte, 1)
+			f.intercept = func(c *fakeConn, cmd *nvmeof.Command) bool {
+				if c.qid == 0 || cmd.Opcode() != nvmeof.OpRetrieve {
+					return false
+				}
+				c.send(tc.pdu)
+				b, _ := io.ReadAll(c)
+				got <- b
+				return true
+			}
+			kv := openKV(t, connect(t, f, Options{}))
+			if _, err := kv.Retrieve(t.Context(), []byte("k"), nil); !errors.Is(err, ErrConnectionLost) {
+				t.Error(err)
+			}
+			if b := <-got; len(b) != tc.want {
+				t.Errorf("% x", b)
+			}
+		})
+	}
+}
+
 func TestDiscover(t *testing.T) {
 	f, g := newFake(t), newFake(t)
 	for i := range 150 {

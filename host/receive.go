@@ -40,7 +40,9 @@ func (q *queue) receive() {
 	var term *nvmeof.TermError
 	switch {
 	case errors.As(err, &term):
-		q.sendTerm(term)
+		if !nvmeof.IsTermReq(q.in.last[0]) {
+			q.sendTerm(term)
+		}
 		err = fmt.Errorf("%w: %w: %w", ErrConnectionLost, ErrProtocol, term)
 	case errors.Is(err, io.EOF):
 		err = fmt.Errorf("%w: the target closed it", ErrConnectionLost)

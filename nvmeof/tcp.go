@@ -114,7 +114,8 @@ type Digests struct{ Header, Data bool }
 
 // HeaderSize validates the 8-byte common header and returns how many bytes the header takes in all, header digest
 // included. h2c tells the direction: PDU types of the other one are invalid. Like [DecodePDU], it reports the first
-// field in error. The answer to an error in a termination request is to close the connection, not another request.
+// field in error. The answer to an error in a termination request ([IsTermReq]) is to close the connection, not another
+// request.
 func HeaderSize(b []byte, h2c bool, dg Digests) (int, *TermError) {
 	t, flags := b[offType], b[offFlags]
 	if int(t) >= len(headerLen) || headerLen[t] == 0 {
@@ -139,6 +140,10 @@ func HeaderSize(b []byte, h2c bool, dg Digests) (int, *TermError) {
 	}
 	return n, nil
 }
+
+// IsTermReq tells whether t is a termination request of either side, which is never answered with another one (TCP,
+// Error Handling).
+func IsTermReq(t uint8) bool { return t == PDUH2CTermReq || t == PDUC2HTermReq }
 
 // hasDigest tells which PDU types carry digests: all but connection set-up and termination.
 func hasDigest(t uint8) bool { return t >= PDUCapsuleCmd }

@@ -133,7 +133,7 @@ func (c *conn) run() error {
 		err = c.readPDU()
 	}
 	var te *nvmeof.TermError
-	if errors.As(err, &te) && c.buf[c.r] != nvmeof.PDUH2CTermReq { // a wrong termination request is not answered
+	if errors.As(err, &te) && !nvmeof.IsTermReq(c.buf[c.r]) {
 		c.terminate(te)
 	}
 	return err

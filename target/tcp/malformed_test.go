@@ -85,6 +85,9 @@ func TestMalformed(t *testing.T) {
 			return nvmeof.AppendTerm(nil, nvmeof.PDUH2CTermReq, &nvmeof.TermError{FES: 1}, make([]byte, 24))
 		}},
 		{name: "wrong termination request", pdu: func(h *host) []byte { return padded(hdr(nvmeof.PDUH2CTermReq, 0, 25, 0, 24), 16) }},
+		{name: "termination request of a controller", pdu: func(h *host) []byte {
+			return nvmeof.AppendTerm(nil, nvmeof.PDUC2HTermReq, &nvmeof.TermError{FES: 1}, make([]byte, 24))
+		}},
 		{name: "long termination request", pdu: func(h *host) []byte { return padded(hdr(nvmeof.PDUH2CTermReq, 0, 24, 0, 153), 145) }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
