@@ -1,8 +1,13 @@
 // Package uringtest makes devices misbehave, for the tests of what is built on
-// them.
+// them: single faults by hand ([Wrap]), faults by chance that a seed repeats
+// ([Plan]), and the end of the process or of the power ([Device.CutAfter]).
 package uringtest
 
 import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 	"unsafe"
@@ -10,41 +15,136 @@ import (
 	"github.com/kvof/kvof/uring"
 )
 
+// ErrOff is the result of every op that had not completed at a cut, and of all
+// later ones until Restart.
+var ErrOff = errors.New("uringtest: the device is off")
+
 // Fault is what happens to one op. The zero Fault lets it pass.
 type Fault struct {
 	Err     error           // the op's result
 	Torn    bool            // a write: only its first Keep bytes reach the device, and then Err, or success, is reported
 	Keep    int64           // bytes; 0 loses the write whole
 	Corrupt func(b []byte)  // changes what a write stores, or what a read returns
-	Delay   time.Duration   // before the op starts
-	Hold    <-chan struct{} // the op starts once this is closed
+	Delay   time.Duration   // before the op is carried out
+	Hold    <-chan struct{} // the op is carried out once this is closed
 }
 
-// Device passes ops to another device, as its hook allows. Ops of one Submit
-// may start in any order, as on a drive. It has no View, so that its user does
-// all through ops.
+// Device passes ops to another device, as its hook allows. Ops in flight
+// together are carried out in any order, as on a drive. It has no View, so that
+// its user does all through ops; it reports blocks of 4096 bytes over memory,
+// and refuses ops that are not aligned to them, so that the user keeps to what
+// drives take.
 type Device struct {
 	uring.Device
 	hook    func(*uring.Op) Fault
 	running sync.WaitGroup
+
+	mu     sync.Mutex
+	life   int // counts Restarts: an op ends in the life in which it began
+	off    bool
+	cut    int // writes to carry out until the cut, this one torn; 0: none is planned
+	power  bool
+	rnd    *rand.Rand // what the cut does
+	flying []*write   // submitted
+	cache  []*write   // carried out since the last flush
+	seq    uint64     // of the newest in cache
+}
+
+// write is a write that a cut may undo.
+type write struct {
+	off      int64
+	old, new []byte // old: only once carried out
+	seq      uint64
 }
 
 // Wrap returns dev with hook asked about every op, in the order submitted and
 // before it starts. The hook may be called from several goroutines at once; it
-// reads the op and leaves it alone.
+// reads the op and leaves it alone. A nil hook lets all ops pass.
 func Wrap(dev uring.Device, hook func(*uring.Op) Fault) *Device {
+	if hook == nil {
+		hook = func(*uring.Op) Fault { return Fault{} }
+	}
 	return &Device{Device: dev, hook: hook}
 }
 
+const (
+	block  = 4096
+	sector = 512 // what a drive writes whole or not at all
+)
+
 // View returns nil, also for a memory device.
 func (d *Device) View(off, n int64) []byte { return nil }
+
+// BlockSize is 4096 over memory, else the device's own.
+func (d *Device) BlockSize() int {
+	if bs := d.Device.BlockSize(); bs > 1 {
+		return bs
+	}
+	return block
+}
+
+// CutAfter plans the end: the n-th write from now on, 1 or more, is the last
+// that is begun to be carried out. Of it, and of each write in flight then,
+// nothing, all, or any of its sectors has reached the device; at a power cut the
+// same goes for each write from now on that no flush has covered. All ops
+// complete with ErrOff from there on. The outcome depends on seed and on the ops.
+// Discard and Zero count as writes of zeroes.
+func (d *Device) CutAfter(n int, power bool, seed uint64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.cut, d.power, d.rnd = n, power, rand.New(rand.NewPCG(seed, 0))
+}
+
+// Cut carries out the end that CutAfter planned now, if it has not come yet.
+func (d *Device) Cut() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.rnd != nil && !d.off {
+		d.end()
+	}
+}
+
+// Off tells whether the cut has come.
+func (d *Device) Off() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.off
+}
+
+// Restart lets the device work again, with what the cut left on it, and plans
+// no cut. What is still in flight of the time before is lost.
+func (d *Device) Restart() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.life++
+	d.off, d.cut, d.rnd = false, 0, nil
+	d.flying, d.cache = nil, nil
+}
 
 // Submit implements uring.Device.
 func (d *Device) Submit(ops ...*uring.Op) {
 	for _, o := range ops {
 		o.Begin()
 		f := d.hook(o)
-		d.running.Go(func() { o.Complete(d.do(o, f)) })
+		if mask := int64(d.BlockSize() - 1); o.Kind != uring.OpFlush && (o.Off|int64(len(o.Data))|o.Len)&mask != 0 {
+			o.Complete(fmt.Errorf("uringtest: %w: %v at %d is not aligned", uring.ErrInvalid, o.Kind, o.Off))
+			continue
+		}
+		d.mu.Lock()
+		life, seq := d.life, d.seq
+		var w *write
+		switch {
+		case d.off:
+		case o.Kind == uring.OpWrite:
+			w = &write{off: o.Off, new: o.Data}
+		case d.rnd != nil && (o.Kind == uring.OpDiscard || o.Kind == uring.OpZero):
+			w = &write{off: o.Off, new: make([]byte, o.Len)}
+		}
+		if w != nil {
+			d.flying = append(d.flying, w)
+		}
+		d.mu.Unlock()
+		d.running.Go(func() { o.Complete(d.do(o, f, w, life, seq)) })
 	}
 }
 
@@ -54,32 +154,107 @@ func (d *Device) Close() error {
 	return d.Device.Close()
 }
 
-func (d *Device) do(o *uring.Op, f Fault) error {
-	time.Sleep(f.Delay)
+// do carries out o, which was submitted in a life, after the write seq.
+func (d *Device) do(o *uring.Op, f Fault, w *write, life int, seq uint64) error {
+	if f.Delay > 0 {
+		time.Sleep(f.Delay)
+	}
 	if f.Hold != nil {
 		<-f.Hold
 	}
-	in := uring.Op{Kind: o.Kind, Off: o.Off, Len: o.Len, Data: o.Data}
-	if o.Kind == uring.OpWrite {
-		if f.Torn {
-			in.Data = in.Data[:min(f.Keep, int64(len(in.Data)))]
-		} else if f.Err != nil {
-			return f.Err
-		}
-		if f.Corrupt != nil {
-			in.Data = aligned(in.Data)
-			f.Corrupt(in.Data)
-		}
-	} else if f.Err != nil {
-		return f.Err
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.off || d.life != life {
+		return ErrOff
 	}
+	switch {
+	case w != nil:
+		return d.write(w, f)
+	case f.Err != nil:
+		return f.Err
+	case o.Kind == uring.OpFlush:
+		d.cache = slices.DeleteFunc(d.cache, func(w *write) bool { return w.seq <= seq })
+	}
+	in := uring.Op{Kind: o.Kind, Off: o.Off, Len: o.Len, Data: o.Data}
 	if err := in.Do(d.Device); err != nil {
 		return err
 	}
 	if o.Kind == uring.OpRead && f.Corrupt != nil {
 		f.Corrupt(o.Data)
 	}
+	return nil
+}
+
+func (d *Device) write(w *write, f Fault) error {
+	if d.cut > 0 {
+		if d.cut--; d.cut == 0 {
+			d.end()
+			return ErrOff
+		}
+	}
+	d.flying = slices.DeleteFunc(d.flying, func(o *write) bool { return o == w })
+	if f.Torn {
+		w.new = w.new[:min(f.Keep, int64(len(w.new)))]
+	} else if f.Err != nil {
+		return f.Err
+	}
+	if f.Corrupt != nil {
+		w.new = aligned(w.new)
+		f.Corrupt(w.new)
+	}
+	if d.rnd != nil && d.power {
+		w.new, w.old = aligned(w.new), aligned(w.new)
+		if err := d.transfer(uring.OpRead, w.off, w.old); err != nil {
+			return err
+		}
+		d.seq++
+		w.seq = d.seq
+		d.cache = append(d.cache, w)
+	}
+	if err := d.transfer(uring.OpWrite, w.off, w.new); err != nil {
+		return err
+	}
 	return f.Err
+}
+
+func (d *Device) transfer(kind uring.OpKind, off int64, b []byte) error {
+	if len(b) == 0 {
+		return nil
+	}
+	return (&uring.Op{Kind: kind, Off: off, Data: b}).Do(d.Device)
+}
+
+// end leaves on the device what a cut leaves.
+func (d *Device) end() {
+	d.off = true
+	for _, w := range slices.Backward(d.cache) { // what was durable
+		d.must(d.transfer(uring.OpWrite, w.off, w.old))
+	}
+	for _, w := range append(d.cache, d.flying...) {
+		switch d.rnd.IntN(4) {
+		case 0: // lost
+		case 1: // cut off
+			d.must(d.transfer(uring.OpWrite, w.off, aligned(w.new[:d.rnd.IntN(len(w.new)/sector+1)*sector])))
+		case 2: // any of its sectors
+			b := aligned(w.new)
+			d.must(d.transfer(uring.OpRead, w.off, b))
+			for i := 0; i+sector <= len(b); i += sector {
+				if d.rnd.IntN(2) == 0 {
+					copy(b[i:i+sector], w.new[i:])
+				}
+			}
+			d.must(d.transfer(uring.OpWrite, w.off, b))
+		default:
+			d.must(d.transfer(uring.OpWrite, w.off, aligned(w.new)))
+		}
+	}
+	d.cache, d.flying = nil, nil
+}
+
+func (d *Device) must(err error) {
+	if err != nil {
+		panic(err) // the device below is not to fail on its own
+	}
 }
 
 // aligned returns a copy of b that direct I/O takes.
