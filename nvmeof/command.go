@@ -36,6 +36,8 @@ const (
 	OpWriteZeroes = 0x08
 	OpDSM         = 0x09 // Dataset Management
 	OpVerify      = 0x0C
+	OpCopy        = 0x19
+	OpIOMgmtRecv  = 0x12 // I/O Management Receive
 
 	// Key Value command set.
 	OpStore    = 0x01

@@ -194,6 +194,23 @@ func FuzzIdentify(f *testing.F) {
 				again(t, s, IdentifySize, c.SUBNQN)
 			}
 		}
+		var nvm IdentifyNVMController
+		if err := nvm.Decode(b); (err == nil) != (len(b) >= IdentifySize) {
+			t.Fatalf("%d bytes: %v", len(b), err)
+		}
+	})
+}
+
+func FuzzPlacement(f *testing.F) {
+	f.Add(testFDPConfigs)
+	f.Add(testRUHStatus)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if cs := DecodeFDPConfigs(b); len(cs)*FDPConfigSize > len(b) {
+			t.Fatalf("%d configurations in %d bytes", len(cs), len(b))
+		}
+		if pids := DecodePlacements(b); len(pids)*RUHSSize > len(b) {
+			t.Fatalf("%d placement identifiers in %d bytes", len(pids), len(b))
+		}
 	})
 }
 

@@ -53,7 +53,8 @@ const (
 // CTRATT bits.
 const (
 	CTRATT128BitHostID = 1 << 0
-	CTRATTTBKAS        = 1 << 6 // Traffic Based Keep Alive
+	CTRATTTBKAS        = 1 << 6  // Traffic Based Keep Alive
+	CTRATTFDP          = 1 << 19 // Flexible Data Placement
 )
 
 // ONCS bits.
@@ -62,6 +63,7 @@ const (
 	ONCSDSM         = 1 << 2
 	ONCSWriteZeroes = 1 << 3
 	ONCSVerify      = 1 << 7
+	ONCSCopy        = 1 << 8
 )
 
 // IdentifyController is the part of the Identify Controller structure (CNS 01h) that kvof fills or reads.
@@ -86,7 +88,10 @@ type IdentifyController struct {
 	MAXCMD    uint16
 	NN        uint32 // highest NSID
 	ONCS      uint16
-	VWC       uint8 // bit 0: volatile write cache present; bits 2:1 = 11b: Flush with NSID FFFFFFFFh supported
+	VWC       uint8  // bit 0: volatile write cache present; bits 2:1 = 11b: Flush with NSID FFFFFFFFh supported
+	AWUN      uint16 // atomic write unit normally, logical blocks, 0's based
+	AWUPF     uint16 // and across a power failure
+	OCFS      uint16 // bit n: Copy descriptor format n supported
 	SGLS      uint32
 	MNAN      uint32
 	SUBNQN    string
@@ -122,6 +127,9 @@ func (d *IdentifyController) Encode(b []byte) {
 	le.PutUint32(b[516:], d.NN)
 	le.PutUint16(b[520:], d.ONCS)
 	b[525] = d.VWC
+	le.PutUint16(b[526:], d.AWUN)
+	le.PutUint16(b[528:], d.AWUPF)
+	le.PutUint16(b[534:], d.OCFS)
 	le.PutUint32(b[536:], d.SGLS)
 	le.PutUint32(b[540:], d.MNAN)
 	copy(b[768:1023], d.SUBNQN)
@@ -141,7 +149,7 @@ func (d *IdentifyController) Decode(b []byte) error {
 		CNTLID: le.Uint16(b[78:]), VER: le.Uint32(b[80:]), OAES: le.Uint32(b[92:]), CTRATT: le.Uint32(b[96:]),
 		CNTRLTYPE: b[111], OACS: le.Uint16(b[256:]), ACL: b[258], AERL: b[259], LPA: b[261], ELPE: b[262],
 		KAS: le.Uint16(b[320:]), MAXCMD: le.Uint16(b[514:]), NN: le.Uint32(b[516:]), ONCS: le.Uint16(b[520:]), VWC: b[525],
-		SGLS: le.Uint32(b[536:]), MNAN: le.Uint32(b[540:]), SUBNQN: cstring(b[768:1024]), IOCCSZ: le.Uint32(b[1792:]),
+		AWUN: le.Uint16(b[526:]), AWUPF: le.Uint16(b[528:]), OCFS: le.Uint16(b[534:]), SGLS: le.Uint32(b[536:]), MNAN: le.Uint32(b[540:]), SUBNQN: cstring(b[768:1024]), IOCCSZ: le.Uint32(b[1792:]),
 		IORCSZ: le.Uint32(b[1796:]), ICDOFF: le.Uint16(b[1800:]), FCATT: b[1802], MSDBD: b[1803],
 	}
 	return nil
@@ -162,14 +170,37 @@ func trim(b []byte) string {
 // with sizes in units of their nominal LBA, because SPDK's host drops a namespace that does not.
 type IdentifyNamespace struct {
 	NSZE, NCAP, NUSE uint64 // logical blocks
-	NSFEAT           uint8  // bit 0: thin provisioning, bit 4: NPWG and the like are valid
+	NSFEAT           uint8  // NSFEAT bits below
 	NMIC             uint8  // bit 0: shared
-	DLFEAT           uint8  // bits 2:0 = 001b: deallocated blocks read as zeroes
+	DLFEAT           uint8  // bits 2:0 = 001b: deallocated blocks read as zeroes; bit 3: Write Zeroes takes DEAC
 	NSATTR           uint8  // bit 0: write protected
 	NGUID            [16]byte
 	EUI64            [8]byte
+	ENDGID           uint16 // endurance group
 	LBADS            uint8  // log2 of the LBA size in bytes
-	NPWG             uint16 // preferred write granularity, logical blocks, 0's based
+	MS               uint16 // bytes of metadata for each LBA
+	Limits           NamespaceLimits
+}
+
+// NSFEAT bits.
+const (
+	NSFEATThin     = 1 << 0
+	NSFEATAtomic   = 1 << 1 // NAWUN, NAWUPF and NACWU are the namespace's own
+	NSFEATOptimal  = 1 << 4 // NPWG, NPWA, NPDG, NPDA and NOWS are there
+	nsfeatOptimal3 = 3 << 4 // the same in later versions: not 00b
+)
+
+// NamespaceLimits is what a drive asks of the I/O to a namespace: the fields of IdentifyNamespace that a target hands on
+// to its hosts when it hands on their commands. All count logical blocks; 0's based unless it says otherwise.
+type NamespaceLimits struct {
+	NAWUN, NAWUPF, NACWU uint16 // atomic write units, normal and across a power failure, and atomic compare and write unit
+	NOIOB                uint16 // optimal I/O boundary, not 0's based
+	NPWG, NPWA           uint16 // preferred write granularity and alignment
+	NPDG, NPDA           uint16 // preferred deallocate granularity and alignment
+	NOWS                 uint16 // optimal write size
+	MSSRL                uint16 // most blocks of one Copy source range, not 0's based
+	MCL                  uint32 // most blocks of one Copy, not 0's based
+	MSRC                 uint8  // most source ranges of one Copy
 }
 
 // Encode writes the structure into b (4096 bytes).
@@ -179,21 +210,55 @@ func (d *IdentifyNamespace) Encode(b []byte) {
 	le.PutUint64(b[8:], d.NCAP)
 	le.PutUint64(b[16:], d.NUSE)
 	b[24], b[30], b[33] = d.NSFEAT, d.NMIC, d.DLFEAT
-	le.PutUint16(b[64:], d.NPWG)
+	l := &d.Limits
+	for off, v := range map[int]uint16{34: l.NAWUN, 36: l.NAWUPF, 38: l.NACWU, 46: l.NOIOB, 64: l.NPWG, 66: l.NPWA, 68: l.NPDG, 70: l.NPDA,
+		72: l.NOWS, 74: l.MSSRL, 102: d.ENDGID, 128: d.MS} {
+		le.PutUint16(b[off:], v)
+	}
+	le.PutUint32(b[76:], l.MCL)
+	b[80] = l.MSRC
 	b[99] = d.NSATTR
 	copy(b[104:], d.NGUID[:])
 	copy(b[120:], d.EUI64[:])
 	b[130] = d.LBADS // LBAF0
 }
 
-// Decode reads the structure; LBADS is that of the format in use.
+// Decode reads the structure; LBADS and MS are those of the format in use.
 func (d *IdentifyNamespace) Decode(b []byte) error {
 	if len(b) < IdentifySize {
 		return errShort
 	}
+	u16 := func(off int) uint16 { return le.Uint16(b[off:]) }
+	format := int(b[26] & 15)
+	if b[25] >= 16 { // NLBAF: more formats than the low bits tell apart
+		format |= int(b[26]>>5&3) << 4
+	}
+	lbaf := b[128+4*format:]
 	*d = IdentifyNamespace{NSZE: le.Uint64(b), NCAP: le.Uint64(b[8:]), NUSE: le.Uint64(b[16:]), NSFEAT: b[24], NMIC: b[30],
-		DLFEAT: b[33], NPWG: le.Uint16(b[64:]), NSATTR: b[99], NGUID: [16]byte(b[104:]), EUI64: [8]byte(b[120:]),
-		LBADS: b[128+4*int(b[26]&15)+2]}
+		DLFEAT: b[33], NSATTR: b[99], NGUID: [16]byte(b[104:]), EUI64: [8]byte(b[120:]), ENDGID: u16(102), MS: le.Uint16(lbaf), LBADS: lbaf[2],
+		Limits: NamespaceLimits{NAWUN: u16(34), NAWUPF: u16(36), NACWU: u16(38), NOIOB: u16(46), NPWG: u16(64), NPWA: u16(66), NPDG: u16(68),
+			NPDA: u16(70), NOWS: u16(72), MSSRL: u16(74), MCL: le.Uint32(b[76:]), MSRC: b[80]}}
+	return nil
+}
+
+// Optimal tells whether NPWG, NPWA, NPDG, NPDA and NOWS mean anything.
+func (d *IdentifyNamespace) Optimal() bool { return d.NSFEAT&nsfeatOptimal3 != 0 }
+
+// IdentifyNVMController is the NVM command set's Identify Controller structure (CNS 06h, CSI 00h). 0 is no limit.
+type IdentifyNVMController struct {
+	VSL   uint8  // most data of one Verify, a power of two of the smallest page
+	WZSL  uint8  // of one Write Zeroes
+	DMRL  uint8  // most ranges of one Dataset Management
+	DMRSL uint32 // most logical blocks of one of its ranges
+	DMSL  uint64 // most logical blocks of all of its ranges
+}
+
+// Decode reads the structure.
+func (d *IdentifyNVMController) Decode(b []byte) error {
+	if len(b) < IdentifySize {
+		return errShort
+	}
+	*d = IdentifyNVMController{VSL: b[0], WZSL: b[1], DMRL: b[3], DMRSL: le.Uint32(b[4:]), DMSL: le.Uint64(b[8:])}
 	return nil
 }
 

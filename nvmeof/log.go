@@ -11,6 +11,7 @@ const (
 	LogFirmware          = 0x03
 	LogChangedNamespaces = 0x04
 	LogEffects           = 0x05
+	LogFDPConfigs        = 0x20
 	LogDiscovery         = 0x70
 )
 
@@ -234,6 +235,7 @@ const (
 	FeatKATO           = 0x0F
 	FeatHostBehavior   = 0x16
 	FeatCommandSet     = 0x19 // I/O Command Set Profile
+	FeatFDP            = 0x1D // Flexible Data Placement: DW0 bit 0 enabled, bits 15:8 the configuration's index
 	FeatKV             = 0x20 // Key Value Configuration: CDW11 bit 0 EDNEK
 	FeatSoftwareMarker = 0x80
 	FeatHostID         = 0x81
