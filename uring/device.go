@@ -16,6 +16,7 @@ var (
 	ErrInUse       = errors.New("in use")                    // another server, or the system, has the device
 	ErrClosed      = errors.New("device is closed")          // submitted after Close
 	ErrInvalid     = errors.New("invalid request")           // outside the device, or misaligned: the caller's fault
+	ErrGone        = errors.New("device is gone")            // it was removed; ops work again once it is back, see DeviceInfo.Gone
 	ErrUnavailable = errors.New("io_uring is not available") // see Features.Reason
 )
 
@@ -28,11 +29,19 @@ const (
 	OpFlush                 // makes durable every write that completed before it was submitted
 	OpDiscard               // gives Len bytes at Off back to the drive: they read as zeroes or as before
 	OpZero                  // makes Len bytes at Off read as zeroes
+
+	// On NVMe drives alone, others refuse them: ErrInvalid.
+	OpCompare // compares Data with the device
+	OpVerify  // has the drive read and check Len bytes at Off
+	OpCopy    // copies the source ranges in Data (Copy descriptor format 0) to Off
 )
 
 func (k OpKind) String() string {
-	return [...]string{"read", "write", "flush", "discard", "zero"}[min(k, OpZero)]
+	return [...]string{"read", "write", "flush", "discard", "zero", "compare", "verify", "copy"}[min(k, OpCopy)]
 }
+
+// transfers tells whether ops of the kind move Data from or to Off on.
+func (k OpKind) transfers() bool { return k == OpRead || k == OpWrite || k == OpCompare }
 
 // Op is one operation on a device. The zero value is ready; it is meant to
 // live long and be reused, and must not be copied after its first use. From
@@ -41,7 +50,11 @@ type Op struct {
 	Kind OpKind
 	Off  int64  // byte offset on the device
 	Len  int64  // bytes, for Discard and Zero
-	Data []byte // for Read and Write; arena memory, or any other that does not move (not a goroutine's stack)
+	Data []byte // for Read, Write and Compare; arena memory, or any other that does not move (not a goroutine's stack)
+
+	// On NVMe drives alone, others ignore them.
+	Placement uint16 // of a Write: the namespace's placement handle, from 1 to DeviceInfo.Placements; 0: the device's default
+	Control   uint16 // bits 31:16 of the command's CDW12, such as FUA (bit 14) and Deallocate (bit 9)
 
 	done   chan struct{}
 	err    error
@@ -97,23 +110,24 @@ func (o *Op) Complete(err error) {
 // size is how many bytes o spans on the device.
 func (o *Op) size() int64 {
 	switch o.Kind {
-	case OpRead, OpWrite:
+	case OpRead, OpWrite, OpCompare:
 		return int64(len(o.Data))
-	case OpDiscard, OpZero:
+	case OpDiscard, OpZero, OpVerify:
 		return o.Len
 	default:
 		return 0
 	}
 }
 
-// check refuses what lies outside the device or off its alignment.
-func (o *Op) check(size, align int64) error {
+// check refuses what lies outside the device or off its alignment, and kinds
+// above the given one.
+func (o *Op) check(size, align int64, kinds OpKind) error {
 	n, mem := o.size(), int64(0)
-	if o.Kind == OpRead || o.Kind == OpWrite {
+	if o.Kind.transfers() {
 		mem = int64(address(o.Data))
 	}
 	switch {
-	case o.Kind > OpZero:
+	case o.Kind > kinds:
 		return fmt.Errorf("uring: %w: no operation %d", ErrInvalid, o.Kind)
 	case o.Kind != OpFlush && (o.Off < 0 || n < 0 || o.Off > size || n > size-o.Off):
 		return fmt.Errorf("uring: %w: %v of %d bytes at %d on a device of %d", ErrInvalid, o.Kind, n, o.Off, size)
@@ -149,7 +163,7 @@ type Device interface {
 
 // DeviceInfo describes a device to a person.
 type DeviceInfo struct {
-	Kind       string   `json:"kind"` // "file", "block" or "memory"
+	Kind       string   `json:"kind"` // "file", "block", "nvme" or "memory"
 	Path       string   `json:"path,omitempty"`
 	Size       int64    `json:"size"`               // bytes
 	BlockSize  int      `json:"block_size"`         // bytes
@@ -158,6 +172,10 @@ type DeviceInfo struct {
 	Depth      int      `json:"depth"`              // ops the ring holds at once; more wait in line
 	Features   []string `json:"features,omitempty"` // of the ring
 	Warnings   []string `json:"warnings,omitempty"` // each one line, saying what to do
+
+	Gone        bool  `json:"gone,omitempty"`         // the drive was removed: every op ends with ErrGone until it is back
+	Placements  int   `json:"placements,omitempty"`   // placement handles that Op.Placement may name
+	ReclaimUnit int64 `json:"reclaim_unit,omitempty"` // bytes that the drive erases together, where it says so
 }
 
 // opError is an Op's failure in the kernel.

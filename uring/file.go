@@ -221,7 +221,7 @@ func (d *file) Submit(ops ...*Op) {
 	for _, o := range ops {
 		if d.closing {
 			o.Complete(ErrClosed)
-		} else if err := o.check(d.size, d.align); err != nil {
+		} else if err := o.check(d.size, d.align, OpZero); err != nil {
 			o.Complete(err)
 		} else if o.size() == 0 && o.Kind != OpFlush {
 			o.Complete(nil)
