@@ -70,7 +70,7 @@ func BenchmarkIO(b *testing.B) {
 					if err := q.start(depth); err != nil {
 						b.Fatal(err)
 					}
-					kv := &KV{c: &Controller{io: []*queue{q}}, ns: Namespace{NSID: 1}}
+					kv := &KV{path: &Controller{io: []*queue{q}}, ns: Namespace{NSID: 1}}
 					b.SetBytes(int64(size))
 					b.ReportAllocs()
 					var left atomic.Int64

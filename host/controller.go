@@ -462,6 +462,8 @@ func (c *Controller) MaxTransfer() uint64 {
 	return page << c.ident.MDTS
 }
 
+func (c *Controller) maxTransfer([]byte) uint64 { return c.MaxTransfer() }
+
 // Admin sends an admin or fabrics command with its data in or for buf, and waits. Identifier and SGL are filled in.
 // A status other than success is returned as the error.
 func (c *Controller) Admin(ctx context.Context, cmd *nvmeof.Command, buf []byte) (nvmeof.Completion, error) {
@@ -472,8 +474,7 @@ func (c *Controller) Admin(ctx context.Context, cmd *nvmeof.Command, buf []byte)
 // IO sends an I/O command on the least busy I/O queue; see [Controller.Admin]. It also returns how many bytes arrived
 // in buf.
 func (c *Controller) IO(ctx context.Context, cmd *nvmeof.Command, buf []byte) (nvmeof.Completion, int, error) {
-	cqe, n, err := c.submit(ctx, cmd, buf)
-	return cqe, n, statusError(cqe, err)
+	return do(ctx, c, cmd, buf)
 }
 
 // submit is IO without statuses as errors.
@@ -482,7 +483,7 @@ func (c *Controller) submit(ctx context.Context, cmd *nvmeof.Command, buf []byte
 		return nvmeof.Completion{}, 0, errors.New("controller has no I/O queue")
 	}
 	if m := c.MaxTransfer(); m != 0 && uint64(len(buf)) > m {
-		return nvmeof.Completion{}, 0, fmt.Errorf("%d bytes: %w, %d bytes", len(buf), ErrTransferSize, m)
+		return nvmeof.Completion{}, 0, tooLarge(len(buf), m)
 	}
 	return c.pick().do(ctx, cmd, buf)
 }

@@ -213,7 +213,7 @@ func TestParallel(t *testing.T) {
 	f := newFake(t)
 	f.chunk = 100 << 10
 	kv := openKV(t, connect(t, f, Options{IOQueues: 8, QueueDepth: 4, DataDigest: true}))
-	if n := kv.c.IOQueues(); n != 3 {
+	if n := kv.path.(*Controller).IOQueues(); n != 3 {
 		t.Fatalf("%d queues", n)
 	}
 	var wg sync.WaitGroup
@@ -581,8 +581,8 @@ func TestHostile(t *testing.T) {
 				if err == nil {
 					t.Error("size 0 with 100 bytes of data was accepted")
 				}
-				<-kv.c.Done()
-				err = kv.c.Err()
+				<-kv.path.(*Controller).Done()
+				err = kv.path.(*Controller).Err()
 			case "short":
 				if !errors.Is(err, ErrProtocol) {
 					t.Error(err)

@@ -12,8 +12,22 @@ import (
 
 // KV is a Key Value namespace. Keys are 1 to 16 opaque bytes, and their length is part of their identity.
 type KV struct {
-	c  *Controller
-	ns Namespace
+	path path
+	ns   Namespace
+}
+
+// path carries the I/O commands of a namespace: a [Controller] or a [Device].
+type path interface {
+	// submit carries out a command, and returns how many bytes arrived in buf, or at least as many as the controller
+	// says it sent. The error is never a [nvmeof.Status].
+	submit(ctx context.Context, cmd *nvmeof.Command, buf []byte) (cqe nvmeof.Completion, n int, err error)
+	// maxTransfer is how many bytes from the start of b one command carries; 0 = no limit. A nil b is aligned best.
+	maxTransfer(b []byte) uint64
+}
+
+func do(ctx context.Context, p path, cmd *nvmeof.Command, buf []byte) (nvmeof.Completion, int, error) {
+	cqe, n, err := p.submit(ctx, cmd, buf)
+	return cqe, n, statusError(cqe, err)
 }
 
 // StoreMode is a condition on a Store.
@@ -29,9 +43,13 @@ const (
 // Info describes the namespace as it was when it was opened.
 func (k *KV) Info() Namespace { return k.ns }
 
-// MaxValue is the largest value in bytes that one Store takes: the namespace's limit or the controller's MDTS.
-func (k *KV) MaxValue() uint64 {
-	m := k.c.MaxTransfer()
+// MaxValue is the largest value in bytes that one Store takes: the namespace's limit or that of the path to it. 0 = no
+// limit is known. See [Values] for larger ones.
+func (k *KV) MaxValue() uint64 { return k.maxValue(nil) }
+
+// maxValue is the largest value that one command carries from or to the start of b.
+func (k *KV) maxValue(b []byte) uint64 {
+	m := k.path.maxTransfer(b)
 	switch v := k.ns.MaxValue; {
 	case v == 0:
 		return m
@@ -62,7 +80,7 @@ func (k *KV) Store(ctx context.Context, key, value []byte, m StoreMode) error {
 	if err != nil {
 		return err
 	}
-	_, _, err = k.c.IO(ctx, &cmd, value)
+	_, _, err = do(ctx, k.path, &cmd, value)
 	return err
 }
 
@@ -73,12 +91,12 @@ func (k *KV) Retrieve(ctx context.Context, key, buf []byte) (size int, err error
 	if err != nil {
 		return 0, err
 	}
-	cqe, n, err := k.c.IO(ctx, &cmd, buf)
+	cqe, n, err := do(ctx, k.path, &cmd, buf)
 	if err != nil {
 		return 0, err
 	}
 	size = int(cqe.DW0())
-	if n != min(size, len(buf)) {
+	if n < min(size, len(buf)) {
 		return 0, protocolError("retrieve of a %d-byte value into %d bytes brought %d", size, len(buf), n)
 	}
 	return size, nil
@@ -90,7 +108,7 @@ func (k *KV) Exist(ctx context.Context, key []byte) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	cqe, _, err := k.c.submit(ctx, &cmd, nil)
+	cqe, _, err := k.path.submit(ctx, &cmd, nil)
 	if err == nil && cqe.Status().Code() == nvmeof.KeyDoesNotExist {
 		return false, nil
 	}
@@ -105,17 +123,17 @@ func (k *KV) Delete(ctx context.Context, key []byte) error {
 	if err != nil {
 		return err
 	}
-	_, _, err = k.c.IO(ctx, &cmd, nil)
+	_, _, err = do(ctx, k.path, &cmd, nil)
 	return err
 }
 
 // Flush makes all completed stores durable.
-func (k *KV) Flush(ctx context.Context) error { return flush(ctx, k.c, k.ns.NSID) }
+func (k *KV) Flush(ctx context.Context) error { return flush(ctx, k.path, k.ns.NSID) }
 
-func flush(ctx context.Context, c *Controller, nsid uint32) error {
+func flush(ctx context.Context, p path, nsid uint32) error {
 	var cmd nvmeof.Command
 	cmd.SetHeader(nvmeof.OpFlush, 0, nsid)
-	_, _, err := c.IO(ctx, &cmd, nil)
+	_, _, err := do(ctx, p, &cmd, nil)
 	return err
 }
 
@@ -127,7 +145,7 @@ const listBuffer = 64 << 10
 func (k *KV) List(ctx context.Context, from []byte) iter.Seq2[[]byte, error] {
 	return func(yield func([]byte, error) bool) {
 		size := uint64(listBuffer)
-		if m := k.c.MaxTransfer(); m != 0 {
+		if m := k.path.maxTransfer(nil); m != 0 {
 			size = min(size, m)
 		}
 		buf := make([]byte, size)
@@ -167,6 +185,6 @@ func (k *KV) listPage(ctx context.Context, from, buf []byte) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	_, n, err := k.c.IO(ctx, &cmd, buf)
+	_, n, err := do(ctx, k.path, &cmd, buf)
 	return n, err
 }

@@ -107,18 +107,26 @@ func (c *Controller) namespace(ctx context.Context, nsid uint32) (Namespace, err
 		if err := c.identify(ctx, nvmeof.CNSNamespaceCSI, nsid, nvmeof.CSIKV, page); err != nil {
 			return ns, err
 		}
-		var d nvmeof.IdentifyKV
-		if err := d.Decode(page); err != nil {
+		if err := ns.decodeKV(page); err != nil {
 			return ns, err
-		}
-		ns.Size, ns.Used = d.NSZE, d.NUSE
-		ns.WriteProtected = d.NSATTR&1 != 0
-		ns.MaxKey, ns.MaxValue, ns.MaxKeys, ns.Optimal = min(int(d.MaxKey), nvmeof.MaxKeyLen), uint64(d.MaxValue), uint64(d.MaxKeys), d.NOVG
-		if ns.NGUID == [16]byte{} {
-			ns.NGUID = d.NGUID
 		}
 	}
 	return ns, nil
+}
+
+// decodeKV reads the Identify data of a Key Value namespace.
+func (ns *Namespace) decodeKV(page []byte) error {
+	var d nvmeof.IdentifyKV
+	if err := d.Decode(page); err != nil {
+		return err
+	}
+	ns.Size, ns.Used = d.NSZE, d.NUSE
+	ns.WriteProtected = d.NSATTR&1 != 0
+	ns.MaxKey, ns.MaxValue, ns.MaxKeys, ns.Optimal = min(int(d.MaxKey), nvmeof.MaxKeyLen), uint64(d.MaxValue), uint64(d.MaxKeys), d.NOVG
+	if ns.NGUID == [16]byte{} {
+		ns.NGUID = d.NGUID
+	}
+	return nil
 }
 
 // Find returns the namespace with an NGUID.
@@ -144,7 +152,7 @@ func (c *Controller) KV(ctx context.Context, nsid uint32) (*KV, error) {
 	if ns.CSI != nvmeof.CSIKV {
 		return nil, fmt.Errorf("%w: namespace %d is not a Key Value namespace", ErrNoNamespace, nsid)
 	}
-	return &KV{c: c, ns: ns}, nil
+	return &KV{path: c, ns: ns}, nil
 }
 
 // Block opens a block (NVM command set) namespace.

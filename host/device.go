@@ -1,0 +1,294 @@
+package host
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"unsafe"
+
+	"github.com/kvof/kvof/nvmeof"
+	"golang.org/x/sys/unix"
+)
+
+// Device is a Key Value namespace that the kernel's own host has attached, driven through its generic character
+// device, /dev/ngXnY. Each command is one ioctl, which the kernel carries out straight from and to the caller's
+// buffer. The kernel knows no way to give a command up: a call returns when the kernel has finished with the buffer,
+// whatever its context says, after the kernel's own time-out (30 s by default) at the latest.
+type Device struct {
+	path     string
+	fd       int
+	ioctl    ioctlFunc
+	ns       Namespace
+	maxBytes uint64 // of one command
+	maxPages uint64 // that its data may touch
+	free     chan *passthru
+	closed   chan struct{}
+	once     sync.Once
+}
+
+// deviceDepth is how many commands are with the kernel at once, each on a thread of its own.
+const deviceDepth = 32
+
+// Without sysfs to say what the controller takes in one command: what every one does.
+const defaultDeviceTransfer = 128 << 10
+
+// ioctlFunc returns what the system call does: a positive number is an NVMe status.
+type ioctlFunc func(fd int, request uintptr, arg unsafe.Pointer) (int, error)
+
+func ioctl(fd int, request uintptr, arg unsafe.Pointer) (int, error) {
+	n, _, e := syscall.Syscall(unix.SYS_IOCTL, uintptr(fd), request, uintptr(arg))
+	if e != 0 {
+		return 0, e
+	}
+	return int(n), nil
+}
+
+// passthru is struct nvme_passthru_cmd64 (linux/nvme_ioctl.h).
+type passthru struct {
+	opcode, flags uint8
+	_             uint16
+	nsid          uint32
+	cdw2, cdw3    uint32
+	metadata      uint64
+	addr          unsafe.Pointer
+	metadataLen   uint32
+	dataLen       uint32
+	cdw10         [6]uint32
+	timeout       uint32 // ms; 0 = the kernel's default
+	_             uint32
+	result        uint64 // DW0, DW1
+}
+
+const (
+	ioctlID    = 'N'<<8 | 0x40
+	ioctlAdmin = 3<<30 | unsafe.Sizeof(passthru{})<<16 | 'N'<<8 | 0x47 // NVME_IOCTL_ADMIN64_CMD
+	ioctlIO    = 3<<30 | unsafe.Sizeof(passthru{})<<16 | 'N'<<8 | 0x48 // NVME_IOCTL_IO64_CMD
+)
+
+// deviceSystem is where devices are found.
+type deviceSystem struct {
+	sys, dev string
+	ioctl    ioctlFunc
+}
+
+// OpenDevice opens an attached Key Value namespace: by the path of its character device, by the NQN of its subsystem,
+// or by its NGUID in hexadecimal. nsid is needed only where an NQN has several Key Value namespaces; else it is 0.
+func OpenDevice(name string, nsid uint32) (*Device, error) {
+	return deviceSystem{sys: "/sys/class/nvme-generic", dev: "/dev", ioctl: ioctl}.open(name, nsid)
+}
+
+func (s deviceSystem) open(name string, nsid uint32) (*Device, error) {
+	nguid, err := hex.DecodeString(strings.ReplaceAll(name, "-", ""))
+	switch {
+	case strings.ContainsRune(name, '/'):
+		d, err := s.openPath(name)
+		if err == nil && nsid != 0 && d.ns.NSID != nsid {
+			d.Close()
+			return nil, fmt.Errorf("%w: %s is namespace %d", ErrNoNamespace, name, d.ns.NSID)
+		}
+		return d, err
+	case err == nil && len(nguid) == 16:
+		return s.find(name, func(string) bool { return true }, func(ns *Namespace) bool { return ns.NGUID == [16]byte(nguid) })
+	default:
+		return s.find(name, func(dir string) bool {
+			b, err := os.ReadFile(filepath.Join(dir, "device", "subsysnqn"))
+			return err == nil && strings.TrimSpace(string(b)) == name
+		}, func(ns *Namespace) bool { return nsid == 0 || ns.NSID == nsid })
+	}
+}
+
+// find opens the one device whose directory in sysfs and whose namespace match.
+func (s deviceSystem) find(name string, matchDir func(string) bool, match func(*Namespace) bool) (found *Device, err error) {
+	dirs, _ := filepath.Glob(filepath.Join(s.sys, "ng*"))
+	for _, dir := range dirs {
+		if !matchDir(dir) {
+			continue
+		}
+		d, e := s.openPath(filepath.Join(s.dev, filepath.Base(dir)))
+		switch {
+		case e != nil:
+			if !errors.Is(e, ErrNoNamespace) { // of another command set
+				err = e
+			}
+		case !match(&d.ns):
+			d.Close()
+		case found != nil:
+			d.Close()
+			found.Close()
+			return nil, fmt.Errorf("%s has more than one Key Value namespace attached: %s is namespace %d, %s is %d", name, found.path, found.ns.NSID, d.path, d.ns.NSID)
+		default:
+			found = d
+		}
+	}
+	switch {
+	case found != nil:
+		return found, nil
+	case err != nil:
+		return nil, fmt.Errorf("%w: %s is not attached, or this device of it: %w", ErrNoNamespace, name, err)
+	}
+	return nil, fmt.Errorf("%w: no attached Key Value namespace of %s", ErrNoNamespace, name)
+}
+
+func (s deviceSystem) openPath(path string) (*Device, error) {
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	d := &Device{path: path, fd: fd, ioctl: s.ioctl, free: make(chan *passthru, deviceDepth), closed: make(chan struct{})}
+	for range deviceDepth {
+		d.free <- new(passthru)
+	}
+	if err := d.identify(); err != nil {
+		d.Close()
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	d.limits(filepath.Join(s.sys, filepath.Base(path)))
+	return d, nil
+}
+
+func (d *Device) identify() error {
+	nsid, err := d.ioctl(d.fd, ioctlID, nil)
+	switch {
+	case errors.Is(err, unix.ENOTTY):
+		return errors.New("not the character device of an NVMe namespace")
+	case err != nil:
+		return err
+	}
+	d.ns = Namespace{NSID: uint32(nsid), CSI: nvmeof.CSIKV}
+	page := make([]byte, nvmeof.IdentifySize)
+	cmd := nvmeof.MakeIdentify(nvmeof.CNSNamespaceCSI, d.ns.NSID, nvmeof.CSIKV)
+	if _, err := d.do(ioctlAdmin, &cmd, page); err != nil {
+		var st nvmeof.Status
+		if errors.As(err, &st) {
+			return fmt.Errorf("%w: namespace %d is not a Key Value namespace (%w)", ErrNoNamespace, d.ns.NSID, st)
+		}
+		return err
+	}
+	return d.ns.decodeKV(page)
+}
+
+// limits learns how much one command carries: the kernel does not split passthrough commands, and refuses larger ones.
+// The namespace's disk, hidden for Key Value, has the figures of its queue; a multipath one has a disk per path.
+func (d *Device) limits(dir string) {
+	d.maxBytes, d.maxPages = defaultDeviceTransfer, defaultDeviceTransfer/uint64(os.Getpagesize())
+	_, ns, _ := strings.Cut(strings.TrimPrefix(filepath.Base(dir), "ng"), "n")
+	least := func(name string, unit uint64) (m uint64) {
+		for _, pattern := range []string{"device/nvme*n" + ns, "device/nvme*/nvme*n" + ns} {
+			files, _ := filepath.Glob(filepath.Join(dir, pattern, "queue", name))
+			for _, f := range files {
+				b, _ := os.ReadFile(f)
+				if v, err := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 32); err == nil && v > 0 && (m == 0 || v*unit < m) {
+					m = v * unit
+				}
+			}
+		}
+		return m
+	}
+	if b, p := least("max_hw_sectors_kb", 1024), least("max_segments", 1); b != 0 && p != 0 {
+		d.maxBytes, d.maxPages = b, p
+	}
+}
+
+// Path is the path of the character device.
+func (d *Device) Path() string { return d.path }
+
+// KV is the namespace.
+func (d *Device) KV() *KV { return &KV{path: d, ns: d.ns} }
+
+// MaxTransfer is the largest data of one command in bytes, for data that begins on a page; other data may be a page
+// smaller.
+func (d *Device) MaxTransfer() uint64 { return d.maxTransfer(nil) }
+
+func (d *Device) maxTransfer(b []byte) uint64 {
+	page := uint64(os.Getpagesize())
+	into := uint64(uintptr(unsafe.Pointer(unsafe.SliceData(b)))) % page
+	return min(d.maxBytes, d.maxPages*page-into)
+}
+
+// Close closes the device. Commands under way are waited for, later ones return [ErrClosed].
+func (d *Device) Close() error {
+	err := ErrClosed
+	d.once.Do(func() {
+		close(d.closed)
+		for range cap(d.free) {
+			<-d.free
+		}
+		err = unix.Close(d.fd)
+	})
+	return err
+}
+
+func (d *Device) submit(ctx context.Context, cmd *nvmeof.Command, buf []byte) (nvmeof.Completion, int, error) {
+	var p *passthru
+	select {
+	case p = <-d.free:
+	case <-ctx.Done():
+		return nvmeof.Completion{}, 0, context.Cause(ctx)
+	case <-d.closed:
+		return nvmeof.Completion{}, 0, ErrClosed
+	}
+	defer func() { d.free <- p }()
+	select {
+	case <-d.closed:
+		return nvmeof.Completion{}, 0, ErrClosed
+	default:
+	}
+	if m := d.maxTransfer(buf); uint64(len(buf)) > m {
+		return nvmeof.Completion{}, 0, tooLarge(len(buf), m)
+	}
+	st, err := d.call(ioctlIO, cmd, buf, p)
+	n := 0
+	if err == nil && st == nvmeof.Success && cmd.Direction() == nvmeof.ControllerToHost {
+		n = len(buf) // the kernel does not tell
+	}
+	return nvmeof.MakeCompletion(uint32(p.result), uint32(p.result>>32), 0, 0, 0, st), n, err
+}
+
+// do carries out a command during set-up.
+func (d *Device) do(request uintptr, cmd *nvmeof.Command, buf []byte) (nvmeof.Completion, error) {
+	var p passthru
+	st, err := d.call(request, cmd, buf, &p)
+	cqe := nvmeof.MakeCompletion(uint32(p.result), uint32(p.result>>32), 0, 0, 0, st)
+	return cqe, statusError(cqe, err)
+}
+
+// Statuses that the kernel's host makes up (linux/nvme.h).
+const (
+	hostPathError = 0x370 // there was no connection to send the command on
+	hostAborted   = 0x371 // the connection ended while the command was in flight
+)
+
+func (d *Device) call(request uintptr, cmd *nvmeof.Command, buf []byte, p *passthru) (nvmeof.Status, error) {
+	*p = passthru{opcode: cmd.Opcode(), nsid: cmd.NSID(), cdw2: cmd.DW(2), cdw3: cmd.DW(3), dataLen: uint32(len(buf))}
+	for i := range p.cdw10 {
+		p.cdw10[i] = cmd.DW(10 + i)
+	}
+	if len(buf) > 0 {
+		p.addr = unsafe.Pointer(unsafe.SliceData(buf))
+	}
+	n, err := d.ioctl(d.fd, request, unsafe.Pointer(p))
+	runtime.KeepAlive(buf)
+	p.addr = nil
+	switch st := nvmeof.Status(n); {
+	case errors.Is(err, unix.EACCES):
+		return 0, fmt.Errorf("the kernel does not pass command %02Xh on for this user: %w", cmd.Opcode(), err)
+	case errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):
+		return 0, fmt.Errorf("%w: %s: %w", ErrConnectionLost, d.path, err)
+	case err != nil:
+		return 0, fmt.Errorf("command %02Xh with %d bytes on %s: %w", cmd.Opcode(), len(buf), d.path, err)
+	case st.Code() == hostPathError:
+		return 0, fmt.Errorf("%w: %s", ErrConnectionLost, d.path)
+	case st.Code() == hostAborted:
+		return 0, fmt.Errorf("%w: %s: %w", ErrConnectionLost, d.path, ErrOutcomeUnknown)
+	default:
+		return st, nil
+	}
+}
