@@ -77,7 +77,8 @@ func FuzzReceive(f *testing.F) {
 			}
 			var cmd nvmeof.Command
 			cmd.SetHeader(c.op, 0, 1)
-			q.prepare(s, &cmd, c.buf)
+			s.data.set(c.buf)
+			q.prepare(s, &cmd)
 			if err := q.enqueue(s); err != nil {
 				t.Fatal(err)
 			}

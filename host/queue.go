@@ -66,7 +66,7 @@ type slot struct {
 	inCapsule bool
 	capsule   bool   // the capsule is on its way
 	refs      int    // entries in sendq and in the sender's batch
-	buf       []byte // the command's data
+	data      pieces // the command's data
 	got       uint32 // bytes received
 	asked     uint32 // bytes the controller asked for by R2T, in all
 	sent      uint32 // bytes handed to the sender, in all
@@ -112,7 +112,22 @@ func (q *queue) do(ctx context.Context, cmd *nvmeof.Command, buf []byte) (nvmeof
 	if err != nil {
 		return nvmeof.Completion{}, 0, err
 	}
-	q.prepare(s, cmd, buf)
+	s.data.set(buf)
+	return q.carry(ctx, s, cmd)
+}
+
+// doPieces is do with data in several pieces. It does not keep bufs itself.
+func (q *queue) doPieces(ctx context.Context, cmd *nvmeof.Command, bufs [][]byte) (nvmeof.Completion, int, error) {
+	s, err := q.acquire(ctx)
+	if err != nil {
+		return nvmeof.Completion{}, 0, err
+	}
+	s.data.set(bufs...)
+	return q.carry(ctx, s, cmd)
+}
+
+func (q *queue) carry(ctx context.Context, s *slot, cmd *nvmeof.Command) (nvmeof.Completion, int, error) {
+	q.prepare(s, cmd)
 	if err := q.enqueue(s); err != nil {
 		return nvmeof.Completion{}, 0, err
 	}
@@ -135,22 +150,22 @@ func (q *queue) acquire(ctx context.Context) (*slot, error) {
 	}
 }
 
-// prepare fills a slot nobody else sees yet, and encodes its capsule.
-func (q *queue) prepare(s *slot, cmd *nvmeof.Command, buf []byte) {
-	s.dir, s.buf = cmd.Direction(), buf
+// prepare fills a slot that has its data and that nobody else sees yet, and encodes its capsule.
+func (q *queue) prepare(s *slot, cmd *nvmeof.Command) {
+	s.dir = cmd.Direction()
 	s.inCapsule, s.capsule = false, false
 	s.got, s.asked, s.sent = 0, 0, 0
 	s.err = nil
 	n := 0
-	if s.dir == nvmeof.HostToController && len(buf) <= q.inCapsule {
-		s.inCapsule, n = len(buf) > 0, len(buf)
+	if s.dir == nvmeof.HostToController && s.data.size <= q.inCapsule && len(s.data.list) <= pduVecs-2 {
+		s.inCapsule, n = s.data.size > 0, s.data.size
 	}
 	id := uint8(nvmeof.SGLTransport)
 	if s.inCapsule {
 		id = nvmeof.SGLOffset
 	}
 	cmd.SetCID(s.cid)
-	cmd.SetSGL(nvmeof.MakeSGL(id, 0, uint32(len(buf))))
+	cmd.SetSGL(nvmeof.MakeSGL(id, 0, uint32(s.data.size)))
 	s.hdrLen = nvmeof.EncodeCapsule(s.hdr[:], cmd, n, q.align, q.dg)
 }
 
@@ -159,7 +174,7 @@ func (q *queue) enqueue(s *slot) error {
 	q.mu.Lock()
 	if q.err != nil {
 		q.mu.Unlock()
-		s.buf = nil
+		s.data.drop()
 		q.free <- s.index
 		return q.err
 	}
@@ -194,7 +209,7 @@ func (q *queue) wait(ctx context.Context, s *slot) (nvmeof.Completion, int, erro
 		}
 	}
 	cqe, got, err := s.cqe, int(s.got), s.err
-	s.buf = nil
+	s.data.drop()
 	q.free <- s.index
 	return cqe, got, err
 }
@@ -205,7 +220,7 @@ func (q *queue) cancel(s *slot) (finished bool) {
 	q.mu.Lock()
 	switch {
 	case s.state == slotFinished && s.refs == 0:
-	case s.dir == nvmeof.HostToController && len(s.buf) > 0 && s.refs > 0:
+	case s.dir == nvmeof.HostToController && s.data.size > 0 && s.refs > 0:
 		// Part of the data may be sent and the rest must never be other bytes: the connection has to go.
 		q.mu.Unlock()
 		q.fail(fmt.Errorf("%w: a command was given up while its data was being sent", ErrConnectionLost))
@@ -220,7 +235,7 @@ func (q *queue) cancel(s *slot) (finished bool) {
 		<-detach
 		return false
 	default:
-		s.buf = nil
+		s.data.drop()
 		s.orphan.Store(true)
 		q.mu.Unlock()
 		return false
@@ -252,7 +267,8 @@ func (q *queue) release(s *slot) {
 	s.cid += maxDepth
 	if s.orphan.Load() {
 		s.orphan.Store(false)
-		s.state, s.buf = slotFree, nil
+		s.state = slotFree
+		s.data.drop()
 		q.free <- s.index
 		return
 	}
@@ -294,7 +310,8 @@ func (q *queue) drain() {
 func (q *queue) detach(s *slot) {
 	if s.detach != nil {
 		close(s.detach)
-		s.detach, s.buf = nil, nil
+		s.detach = nil
+		s.data.drop()
 	}
 }
 

@@ -172,7 +172,7 @@ func (q *queue) receiveR2T(p *nvmeof.PDU) error {
 		err = unknownCID(8)
 	case s.orphan.Load():
 		err = fmt.Errorf("%w: the target asks for the data of a command that was given up", ErrConnectionLost)
-	case s.dir != nvmeof.HostToController || s.inCapsule || n == 0 || off != s.asked || uint64(off)+uint64(n) > uint64(len(s.buf)):
+	case s.dir != nvmeof.HostToController || s.inCapsule || n == 0 || off != s.asked || uint64(off)+uint64(n) > uint64(s.data.size):
 		err = &nvmeof.TermError{FES: nvmeof.FESDataOutOfRange, FEI: 12, Why: fmt.Sprintf("R2T for %d bytes at %d of a command", n, off)}
 	case s.sent != s.asked:
 		err = &nvmeof.TermError{FES: nvmeof.FESDataLimit, Why: "more than one R2T at a time for a command"}
@@ -212,7 +212,7 @@ func (q *queue) receiveData(p *nvmeof.PDU) error {
 	q.mu.Lock()
 	s := q.active(cid)
 	var err error
-	var dst []byte
+	keep := false
 	switch {
 	case s == nil:
 		err = unknownCID(8)
@@ -221,17 +221,17 @@ func (q *queue) receiveData(p *nvmeof.PDU) error {
 	case s.dir != nvmeof.ControllerToHost:
 		err = &nvmeof.TermError{FES: nvmeof.FESDataOutOfRange, FEI: 8, Why: "data for a command that takes none"}
 	case s.orphan.Load():
-	case off != s.got || uint64(off)+uint64(n) > uint64(len(s.buf)):
-		err = &nvmeof.TermError{FES: nvmeof.FESDataOutOfRange, FEI: 12, Why: fmt.Sprintf("%d bytes of data at %d of a command with %d, %d of them here", n, off, len(s.buf), s.got)}
+	case off != s.got || uint64(off)+uint64(n) > uint64(s.data.size):
+		err = &nvmeof.TermError{FES: nvmeof.FESDataOutOfRange, FEI: 12, Why: fmt.Sprintf("%d bytes of data at %d of a command with %d, %d of them here", n, off, s.data.size, s.got)}
 	default:
-		dst = s.buf[off:][:n]
+		keep = true
 		q.rx = s
 	}
 	q.mu.Unlock()
 	if err != nil {
 		return err
 	}
-	crc, err := q.receiveBytes(s, dst, int(n))
+	crc, err := q.receiveBytes(s, keep, int(off), int(n))
 	if err != nil {
 		return err
 	}
@@ -259,29 +259,33 @@ func (q *queue) receiveData(p *nvmeof.PDU) error {
 	return nil
 }
 
-// receiveBytes receives a PDU's n data bytes into dst, or nowhere when the slot is an orphan, and sums them if data
-// digests are on.
-func (q *queue) receiveBytes(s *slot, dst []byte, n int) (crc uint32, err error) {
+// receiveBytes receives a PDU's n data bytes into the slot's data from off on, or nowhere when it is not to be kept, as that of
+// an orphan, and sums them if data digests are on.
+func (q *queue) receiveBytes(s *slot, keep bool, off, n int) (crc uint32, err error) {
 	b := &q.in
 	b.ahead = inboxSize
 	if n >= largePDU {
 		b.ahead = aheadLarge
 	}
 	for n > 0 {
-		if dst != nil && s.orphan.Load() {
+		if keep && s.orphan.Load() {
 			q.mu.Lock()
 			q.detach(s)
 			q.mu.Unlock()
-			dst = nil
+			keep = false
 		}
-		var part []byte
+		var part, dst []byte
+		if keep {
+			dst = s.data.at(off)
+			dst = dst[:min(len(dst), n)]
+		}
 		if b.r == b.w && dst != nil {
 			b.r, b.w = 0, 0
 			m, err := q.read(dst, b.buf[:b.ahead])
 			if err != nil {
 				return 0, err
 			}
-			part = dst[:min(m, n)]
+			part = dst[:min(m, len(dst))]
 			b.w = m - len(part)
 		} else {
 			if b.r == b.w {
@@ -291,16 +295,15 @@ func (q *queue) receiveBytes(s *slot, dst []byte, n int) (crc uint32, err error)
 				}
 			}
 			part = b.buf[b.r:][:min(n, b.w-b.r)]
-			copy(dst, part)
+			if keep {
+				part = part[:copy(dst, part)]
+			}
 			b.r += len(part)
 		}
 		if q.dg.Data {
 			crc = nvmeof.Digest(crc, part)
 		}
-		n -= len(part)
-		if dst != nil {
-			dst = dst[len(part):]
-		}
+		off, n = off+len(part), n-len(part)
 	}
 	return crc, nil
 }

@@ -103,7 +103,7 @@ func (q *queue) gather() bool {
 		limit = maxWriteDigest
 	}
 	o.n, o.bytes, o.pdus = 0, 0, 0
-	for o.pos < len(o.batch) && o.n+3 <= maxVecs && o.pdus < len(o.hdrs) && o.bytes < limit {
+	for o.pos < len(o.batch) && o.n+pduVecs <= maxVecs && o.pdus < len(o.hdrs) && o.bytes < limit {
 		if s := &q.slots[o.batch[o.pos]]; !q.gatherPDU(s) {
 			o.ready = append(o.ready, s.index)
 			o.pos++
@@ -129,12 +129,12 @@ func (q *queue) gatherPDU(s *slot) bool {
 		q.mu.Unlock()
 		o.add(s.hdr[:s.hdrLen])
 		if s.inCapsule {
-			q.addData(s.buf)
+			q.addData(s, 0, s.data.size)
 		}
 		return false
 	}
 	off := s.sent
-	n := min(int(s.asked-off), q.maxData)
+	n := s.data.fit(int(off), min(int(s.asked-off), q.maxData), maxVecs-o.n-2)
 	s.sent += uint32(n)
 	flags := uint8(0)
 	if s.sent == s.asked {
@@ -147,16 +147,26 @@ func (q *queue) gatherPDU(s *slot) bool {
 	}
 	h := o.hdrs[o.pdus][:]
 	o.add(h[:nvmeof.EncodeData(h, nvmeof.PDUH2CData, flags, cid, ttag, off, n, q.align, q.dg)])
-	q.addData(s.buf[off:][:n])
+	q.addData(s, int(off), n)
 	return flags == 0
 }
 
-func (q *queue) addData(b []byte) {
+// addData adds n bytes of the slot's data from off, and their digest.
+func (q *queue) addData(s *slot, off, n int) {
 	o := &q.out
-	o.add(b)
+	var crc uint32
+	for n > 0 {
+		b := s.data.at(off)
+		b = b[:min(len(b), n)]
+		o.add(b)
+		if q.dg.Data {
+			crc = nvmeof.Digest(crc, b)
+		}
+		off, n = off+len(b), n-len(b)
+	}
 	if q.dg.Data {
 		tail := o.tails[o.pdus][:]
-		binary.LittleEndian.PutUint32(tail, nvmeof.Digest(0, b))
+		binary.LittleEndian.PutUint32(tail, crc)
 		o.add(tail)
 	}
 	o.pdus++
