@@ -241,4 +241,4 @@ func (a *Arena) offset(b []byte) (int, bool) {
 func address(b []byte) uintptr { return uintptr(unsafe.Pointer(unsafe.SliceData(b))) }
 
 // roundUp rounds n up to a multiple of unit, a power of two.
-func roundUp[T int | int64](n, unit T) T { return (n + unit - 1) &^ (unit - 1) }
+func roundUp[T int | int64 | uintptr](n, unit T) T { return (n + unit - 1) &^ (unit - 1) }

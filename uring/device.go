@@ -60,9 +60,9 @@ type Op struct {
 	err    error
 	next   *Op    // in the device's queue
 	self   [1]*Op // lets Start pass a slice without allocating one
-	pos    int64  // bytes already done
-	retry  uint8
-	manual bool // a Zero done by writing zeroes
+	pos    int64  // bytes that commands were started for
+	parts  int32  // commands in flight
+	manual bool   // a Zero done by writing zeroes
 	busy   bool
 }
 
@@ -97,7 +97,7 @@ func (o *Op) Begin() {
 	if o.done == nil {
 		o.done = make(chan struct{}, 1)
 	}
-	o.busy, o.err, o.next, o.pos, o.retry, o.manual = true, nil, nil, 0, 0, false
+	o.busy, o.err, o.next, o.pos, o.parts, o.manual = true, nil, nil, 0, 0, false
 }
 
 // Complete ends o with err. Only implementations of Device call it, once after
@@ -187,8 +187,8 @@ type opError struct {
 	class error // or nil
 }
 
-func newOpError(o *Op, path string, errno syscall.Errno) error {
-	e := &opError{kind: o.Kind, path: path, off: o.Off + o.pos, errno: errno}
+func newOpError(o *Op, off int64, path string, errno syscall.Errno) error {
+	e := &opError{kind: o.Kind, path: path, off: off, errno: errno}
 	switch errno {
 	case unix.EIO, unix.ENODATA, unix.EILSEQ, unix.EREMOTEIO, unix.ENXIO, unix.ENODEV, unix.ETIMEDOUT, unix.ENOLINK, unix.EBADE, unix.EUCLEAN:
 		e.class = ErrMedia

@@ -347,33 +347,26 @@ func TestAdvance(t *testing.T) {
 		{"discard fails", OpDiscard, []int32{-int32(unix.EIO)}, ErrMedia},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			d := &file{path: "it", align: 512}
-			o := &Op{Kind: c.kind, Len: 8192, Data: make([]byte, 8192)}
-			o.Begin()
+			d := &file{engine: engine{path: "it", align: 512}}
+			s := &slot{op: &Op{Kind: c.kind, Len: 8192, Data: make([]byte, 8192)}, n: 8192}
 			for i, res := range c.results {
-				done := d.advance(o, res)
-				if done != (i == len(c.results)-1) || done == (d.pending.head == o) {
-					t.Fatalf("result %d (%d): done %v, pending %v, at %d, %v", i, res, done, d.pending.head == o, o.pos, o.err)
-				}
-				if !done {
-					d.pending.pop()
+				if v := d.advance(s, res); (v == ended) != (i == len(c.results)-1) || v != ended && v != repeat {
+					t.Fatalf("result %d (%d): verdict %d, at %d, %v", i, res, v, s.moved, s.err)
 				}
 			}
-			if !errors.Is(o.err, c.is) {
-				t.Errorf("ended with %v", o.err)
+			if !errors.Is(s.err, c.is) {
+				t.Errorf("ended with %v", s.err)
 			}
 		})
 	}
 	for _, res := range []int32{0, eagain} { // a device that never moves ends in an error
-		d := &file{path: "it", align: 512}
-		o := &Op{Data: make([]byte, 512)}
-		o.Begin()
+		d := &file{engine: engine{path: "it", align: 512}}
+		s := &slot{op: &Op{Data: make([]byte, 512)}, n: 512}
 		tries := 0
-		for ; !d.advance(o, res); tries++ {
-			d.pending.pop()
+		for ; d.advance(s, res) == repeat; tries++ {
 		}
-		if o.err == nil || tries != maxRetries {
-			t.Errorf("%d forever: %v after %d tries", res, o.err, tries)
+		if s.err == nil || tries != maxRetries {
+			t.Errorf("%d forever: %v after %d tries", res, s.err, tries)
 		}
 	}
 }
@@ -463,11 +456,11 @@ func TestRegistered(t *testing.T) {
 	if got := d.Info().Registered; got != minChunk {
 		t.Errorf("one buffer used, %d bytes registered", got)
 	}
-	if _, ok := d.pinned.find(d, b.Data); !ok {
+	if _, ok := d.pinned.find(&d.engine, b.Data); !ok {
 		t.Error("a registered buffer goes unregistered")
 	}
 	for i, mem := range [][]byte{make([]byte, 4096), a.mem[minChunk-4096:][:8192]} {
-		if _, ok := d.pinned.find(d, mem); ok {
+		if _, ok := d.pinned.find(&d.engine, mem); ok {
 			t.Errorf("memory %d is not registered, but taken so", i)
 		}
 	}

@@ -24,7 +24,7 @@ type Features struct {
 // Probe looks at the system by making a small ring.
 func Probe() Features {
 	f := Features{Kernel: kernelRelease(), MemLock: memlockLimit()}
-	r, err := newRing(8)
+	r, err := newRing(8, 0)
 	if err != nil {
 		f.Reason = explain(err)
 		return f

@@ -14,17 +14,58 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ring is an io_uring with an eventfd for its completions. Submission
-// (sqe, submit) is for one goroutine at a time, completion (reap, sleep) for
-// another. It hides what giouring leaves to its callers: entries are cleared,
-// calls repeated after EINTR, and memory freed.
+// queues is a pair of a submission and a completion queue: a ring, or what a
+// test puts in its place. Submission (sqe, ready, submit) is for one goroutine
+// at a time, completion (reap, sleep, poll) for another.
+type queues interface {
+	// sqe returns a cleared submission queue entry to fill, or nil when the
+	// queue is full.
+	sqe() *giouring.SubmissionQueueEntry
+	// ready is how many filled entries the kernel does not have yet.
+	ready() uint32
+	// submit hands all filled entries to the kernel. An error (EAGAIN, EBUSY:
+	// it is short of memory) leaves the rest in the queue, for another submit.
+	submit() error
+	// reap takes what has completed, as far as into holds it.
+	reap(into []completion) int
+	// sleep returns after completions arrived, or wake was called, since it
+	// last returned.
+	sleep()
+	wake()
+	// poll looks for completions at the drive, where sleep is not told of any.
+	poll()
+	// reserve makes n empty slots for registered buffers.
+	reserve(n int) error
+	// register pins b, at most 1 GiB, as registered buffer i.
+	register(i int, b []byte) error
+	// close frees all; nothing is in flight.
+	close()
+}
+
+// ring is an io_uring with an eventfd for its completions. It hides what
+// giouring leaves to its callers: entries are cleared, calls repeated after
+// EINTR, files registered, and memory freed.
 type ring struct {
 	r        *giouring.Ring
+	flags    uint32
 	features uint32
 	event    *os.File // in the netpoller
 	count    [8]byte  // read from event
 	cqes     [64]*giouring.CompletionQueueEvent
 }
+
+// wideRing is a ring for NVMe passthrough: 128-byte entries, whose last 80
+// bytes are the command's, and 32-byte completions.
+const wideRing = giouring.SetupSQE128 | giouring.SetupCQE32
+
+// wideEntry is an entry of such a ring.
+type wideEntry struct {
+	giouring.SubmissionQueueEntry
+	_ [64]byte
+}
+
+// bigCmd is where struct io_uring_sqe has cmd, in bytes.
+const bigCmd = 48
 
 // completion is what a ring reports of one submission: the slot its entry
 // named, and the result, negative for an errno.
@@ -42,15 +83,38 @@ type params struct {
 
 var _ = [1]struct{}{}[unsafe.Sizeof(params{})-unsafe.Sizeof(giouring.Params{})]
 
+// innerRing and innerQueue are giouring.Ring and its SubmissionQueue, which
+// keep to themselves what close and registerFile need.
+type innerRing struct {
+	sq    *innerQueue
+	cq    unsafe.Pointer
+	flags uint32
+	fd    int
+	_     [3]uint64
+}
+
+type innerQueue struct {
+	_, _, _, entries, _, _, _ *uint32
+	sqes                      unsafe.Pointer
+	_                         [4]uint64
+}
+
+var (
+	_ = [1]struct{}{}[unsafe.Sizeof(innerRing{})-unsafe.Sizeof(giouring.Ring{})]
+	_ = [1]struct{}{}[unsafe.Sizeof(innerQueue{})-unsafe.Sizeof(giouring.SubmissionQueue{})]
+)
+
+func (r *ring) inner() *innerRing { return (*innerRing)(unsafe.Pointer(r.r)) }
+
 // newRing makes a ring that takes entries submissions at once, a power of two,
-// and twice as many completions.
-func newRing(entries uint32) (*ring, error) {
-	var p params
+// and twice as many completions. flags are IORING_SETUP_ bits.
+func newRing(entries, flags uint32) (*ring, error) {
+	p := params{flags: flags}
 	g := giouring.NewRing()
 	if err := g.QueueInitParams(entries, (*giouring.Params)(unsafe.Pointer(&p))); err != nil {
 		return nil, err
 	}
-	r := &ring{r: g, features: p.features}
+	r := &ring{r: g, flags: flags, features: p.features}
 	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
 	if err != nil {
 		g.QueueExit()
@@ -64,18 +128,20 @@ func newRing(entries uint32) (*ring, error) {
 	return r, nil
 }
 
-// sqe returns a cleared submission queue entry to fill, or nil when the queue
-// is full.
 func (r *ring) sqe() *giouring.SubmissionQueueEntry {
 	e := r.r.GetSQE()
-	if e != nil {
-		*e = giouring.SubmissionQueueEntry{} // giouring leaves what the last command wrote
+	switch { // giouring leaves what the last command wrote
+	case e == nil:
+	case r.flags&giouring.SetupSQE128 != 0:
+		*(*wideEntry)(unsafe.Pointer(e)) = wideEntry{}
+	default:
+		*e = giouring.SubmissionQueueEntry{}
 	}
 	return e
 }
 
-// submit hands all filled entries to the kernel. An error (EAGAIN, EBUSY: it is
-// short of memory) leaves the rest in the queue, for another submit.
+func (r *ring) ready() uint32 { return r.r.SQReady() }
+
 func (r *ring) submit() error {
 	for r.r.SQReady() > 0 {
 		if _, err := r.r.Submit(); err != nil && !errors.Is(err, unix.EINTR) {
@@ -85,7 +151,6 @@ func (r *ring) submit() error {
 	return nil
 }
 
-// reap takes what has completed, as far as into holds it.
 func (r *ring) reap(into []completion) int {
 	n := int(r.r.PeekBatchCQE(r.cqes[:min(len(into), len(r.cqes))]))
 	for i, c := range r.cqes[:n] {
@@ -95,21 +160,18 @@ func (r *ring) reap(into []completion) int {
 	return n
 }
 
-// sleep returns after completions arrived, or wake was called, since it last
-// returned.
 func (r *ring) sleep() { _, _ = r.event.Read(r.count[:]) }
+func (r *ring) poll()  { _, _ = r.r.GetEvents() }
 
 func (r *ring) wake() { _, _ = r.event.Write(oneEvent) }
 
 var oneEvent = binary.NativeEndian.AppendUint64(nil, 1)
 
-// reserve makes n empty slots for registered buffers.
 func (r *ring) reserve(n int) error {
 	_, err := r.r.RegisterBuffersSparse(uint32(n))
 	return err
 }
 
-// register pins b, at most 1 GiB, as registered buffer i.
 func (r *ring) register(i int, b []byte) error {
 	v := []syscall.Iovec{{Base: unsafe.SliceData(b)}}
 	v[0].SetLen(len(b))
@@ -119,9 +181,38 @@ func (r *ring) register(i int, b []byte) error {
 	return err
 }
 
-// close frees the ring; nothing is in flight.
+// registerFile makes fd the ring's one registered file; with update, in the
+// place of the one before.
+func (r *ring) registerFile(fd int, update bool) error {
+	fds := &[1]int32{int32(fd)}
+	var pin runtime.Pinner
+	pin.Pin(fds)
+	defer pin.Unpin()
+	opcode, arg := uintptr(giouring.RegisterFiles), unsafe.Pointer(fds)
+	var u struct {
+		offset, _ uint32
+		fds       uint64
+	}
+	if update { // struct io_uring_files_update
+		u.fds = uint64(uintptr(unsafe.Pointer(fds)))
+		opcode, arg = uintptr(giouring.RegisterFilesUpdate), unsafe.Pointer(&u)
+	}
+	_, _, errno := unix.Syscall6(unix.SYS_IO_URING_REGISTER, uintptr(r.inner().fd), opcode, uintptr(arg), 1, 0, 0)
+	if errno != 0 {
+		return errno
+	}
+	return nil
+}
+
 func (r *ring) close() {
-	r.r.QueueExit() // right for 64-byte entries; with SQE128 it would leak half
+	if in := r.inner(); r.flags&giouring.SetupSQE128 != 0 { // QueueExit unmaps only the first half of wide entries
+		page := uintptr(os.Getpagesize())
+		n := uintptr(*in.sq.entries) * unsafe.Sizeof(giouring.SubmissionQueueEntry{})
+		if head, all := roundUp(n, page), roundUp(2*n, page); all > head {
+			_ = unix.MunmapPtr(unsafe.Add(in.sq.sqes, head), all-head)
+		}
+	}
+	r.r.QueueExit()
 	r.event.Close()
 }
 

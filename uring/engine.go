@@ -1,0 +1,474 @@
+package uring
+
+import (
+	"fmt"
+	"math/bits"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/pawelgaczynski/giouring"
+	"golang.org/x/sys/unix"
+)
+
+const (
+	maxRetries = 100 // EAGAIN, EINTR and transfers that moved nothing
+	retryDelay = time.Millisecond
+	maxRounds  = 8 // calls of io_uring_enter one Submit makes, at most, for itself and others
+
+	defaultDepth = 256
+	maxDepth     = 16384
+)
+
+// engine runs a device's ops as commands on a ring. An op becomes one command
+// or several, and several ops may share one; what a command looks like is the
+// driver's.
+type engine struct {
+	path   string
+	size   int64 // of the device, bytes
+	align  int64
+	kinds  OpKind // the last it knows
+	driver driver
+	ring   queues
+	polled bool // completions are found by asking, not announced
+	arena  *Arena
+	pinned pins
+	reaped chan struct{} // closed when the completion goroutine has ended
+
+	mu         sync.Mutex
+	pending    queue    // ops with commands still to start; only the first may have some started
+	again      []uint32 // slots to submit once more
+	slots      []slot   // commands, by user_data
+	free       []uint32 // slots to use
+	elsewhere  int      // ops in a goroutine of their own, and timers
+	submitting bool     // somebody fills entries and enters the kernel
+	asleep     bool     // the completion goroutine sleeps with no command in the ring
+	closing    bool
+	down       error // what every op ends with for now, or nil
+}
+
+// slot is one command.
+type slot struct {
+	op     *Op   // the first of the ops that it is for, linked by next
+	ops    int   // how many
+	pos, n int64 // the bytes of op it is for: n from pos on; of further ops all
+	moved  int64 // of these, done
+	retry  uint8
+	plain  bool  // not by a registered buffer
+	err    error // once it has ended
+}
+
+// driver knows a device's commands. Its methods are called with the engine's
+// mutex held and must not block.
+type driver interface {
+	// part is how many bytes of o, from o.pos on, one command takes.
+	part(o *Op) int64
+	// joins tells whether s, whose ops are complete in it, takes all of o too.
+	joins(s *slot, o *Op) bool
+	// prepare describes to the kernel what of s is still to do. e is cleared.
+	prepare(e *giouring.SubmissionQueueEntry, i uint32, s *slot)
+	// advance takes the kernel's result and says how s goes on.
+	advance(s *slot, res int32) verdict
+}
+
+// verdict is what becomes of a command.
+type verdict uint8
+
+const (
+	ended  verdict = iota // with s.err
+	repeat                // submit what is left
+	wait                  // do so after a pause
+	given                 // its one op runs elsewhere
+)
+
+// pause is how long wait waits.
+const pause = 100 * time.Millisecond
+
+// queue is a FIFO of ops linked through next.
+type queue struct{ head, tail *Op }
+
+func (q *queue) push(o *Op) {
+	o.next = nil
+	if q.tail == nil {
+		q.head = o
+	} else {
+		q.tail.next = o
+	}
+	q.tail = o
+}
+
+func (q *queue) pop() *Op {
+	o := q.head
+	if q.head = o.next; q.head == nil {
+		q.tail = nil
+	}
+	o.next = nil
+	return o
+}
+
+// complete ends all ops of the queue with the errors they have.
+func (q *queue) complete() {
+	for q.head != nil {
+		o := q.pop()
+		o.Complete(o.err)
+	}
+}
+
+// roundDepth is the number of slots for what FileOptions or NVMeOptions ask.
+func roundDepth(depth int) int {
+	if depth <= 0 {
+		return defaultDepth
+	}
+	return 1 << bits.Len(uint(min(depth, maxDepth)-1))
+}
+
+// start begins to serve: all fields up to arena are set.
+func (g *engine) start(depth int) {
+	g.slots = make([]slot, depth)
+	g.free = make([]uint32, depth)
+	for i := range g.free {
+		g.free[i] = uint32(i)
+	}
+	g.reaped = make(chan struct{})
+	g.pinned.init(g)
+	go g.run()
+}
+
+// Submit implements Device.
+func (g *engine) Submit(ops ...*Op) {
+	for _, o := range ops {
+		o.Begin()
+	}
+	g.mu.Lock()
+	for _, o := range ops {
+		if g.closing {
+			o.Complete(ErrClosed)
+		} else if err := o.check(g.size, g.align, g.kinds); err != nil {
+			o.Complete(err)
+		} else if o.size() == 0 && o.Kind != OpFlush && o.Kind != OpCopy {
+			o.Complete(nil)
+		} else if g.down != nil {
+			o.Complete(g.down)
+		} else {
+			g.pending.push(o)
+		}
+	}
+	if g.pending.head != nil {
+		g.kick()
+	}
+	g.mu.Unlock()
+}
+
+// kick moves pending ops into the ring as far as there are slots. Callers hold
+// g.mu, which it gives up while in the kernel; a caller that finds another
+// submitting leaves its ops to that one. Nobody is kept at it for long: the
+// completion goroutine takes over.
+func (g *engine) kick() {
+	if g.submitting {
+		return
+	}
+	g.submitting = true
+	round := 0
+	for ; g.fill(); round++ {
+		if round == maxRounds {
+			g.ring.wake()
+			break
+		}
+		g.mu.Unlock()
+		err := g.ring.submit()
+		g.mu.Lock()
+		if err != nil { // the kernel is short of memory; the entries stay queued
+			g.elsewhere++
+			time.AfterFunc(retryDelay, g.returned)
+			break
+		}
+	}
+	g.submitting = false
+	if round > 0 && (g.closing || g.polled && g.asleep) {
+		g.ring.wake() // what was submitted may have ended before, and rest found us here
+	}
+}
+
+// returned ends what elsewhere counts, and has the completion goroutine look.
+func (g *engine) returned() {
+	g.mu.Lock()
+	g.elsewhere--
+	g.mu.Unlock()
+	g.ring.wake()
+}
+
+// fill writes submission queue entries, and reports whether there is anything
+// to submit.
+func (g *engine) fill() bool {
+	for len(g.again) > 0 || g.pending.head != nil && len(g.free) > 0 {
+		e := g.ring.sqe()
+		if e == nil {
+			break
+		}
+		var i uint32
+		if n := len(g.again); n > 0 {
+			i, g.again = g.again[n-1], g.again[:n-1]
+		} else {
+			n := len(g.free)
+			i, g.free = g.free[n-1], g.free[:n-1]
+			g.begin(&g.slots[i])
+		}
+		g.driver.prepare(e, i, &g.slots[i])
+		e.UserData = uint64(i)
+	}
+	return g.ring.ready() > 0
+}
+
+// begin makes s the next command of the first pending op, and of those behind
+// it that join.
+func (g *engine) begin(s *slot) {
+	o := g.pending.head
+	n := g.driver.part(o)
+	*s = slot{op: o, ops: 1, pos: o.pos, n: n}
+	o.pos += n
+	o.parts++
+	if o.pos < o.size() {
+		return
+	}
+	g.pending.pop()
+	for last := o; g.pending.head != nil && g.driver.joins(s, g.pending.head); s.ops++ {
+		o = g.pending.pop()
+		o.pos, o.parts = o.size(), 1
+		last.next, last = o, o
+	}
+}
+
+// run is the completion goroutine.
+func (g *engine) run() {
+	defer close(g.reaped)
+	var batch [64]completion
+	for {
+		n := g.ring.reap(batch[:])
+		if n == 0 {
+			over, idle := g.rest()
+			switch {
+			case over:
+				return
+			case g.polled && !idle:
+				g.ring.poll()
+			default:
+				g.ring.sleep()
+			}
+			continue
+		}
+		var done queue
+		g.mu.Lock()
+		for _, c := range batch[:n] {
+			g.take(c, &done)
+		}
+		g.kick() // continues short transfers, and fills the slots set free
+		g.mu.Unlock()
+		done.complete()
+	}
+}
+
+// take handles one completion; ops that end with it go to done.
+func (g *engine) take(c completion, done *queue) {
+	s := &g.slots[c.slot]
+	switch v := g.driver.advance(s, c.res); {
+	case v == given:
+		*s = slot{}
+		g.free = append(g.free, c.slot)
+	case v != ended && g.down != nil:
+		s.err = g.down
+		g.finish(c.slot, done)
+	case v == repeat:
+		g.again = append(g.again, c.slot)
+	case v == wait:
+		g.elsewhere++
+		time.AfterFunc(pause, func() {
+			g.mu.Lock()
+			g.again = append(g.again, c.slot)
+			g.mu.Unlock()
+			g.returned()
+		})
+	default:
+		g.finish(c.slot, done)
+	}
+}
+
+// finish frees a slot whose command has ended. Ops of which nothing is left go
+// to done.
+func (g *engine) finish(i uint32, done *queue) {
+	s := &g.slots[i]
+	o := s.op
+	for range s.ops {
+		next := o.next
+		if o.parts--; s.err != nil && o.err == nil {
+			o.err = s.err
+			if g.pending.head == o { // no more commands for it
+				g.pending.pop()
+			}
+		}
+		if o.parts == 0 && (o.pos == o.size() || o.err != nil) {
+			done.push(o)
+		}
+		o = next
+	}
+	*s = slot{}
+	g.free = append(g.free, i)
+}
+
+// fail ends every op that has no command in the ring, and all that come, with
+// err, until it is called with nil.
+func (g *engine) fail(err error) {
+	var done queue
+	g.mu.Lock()
+	if g.down = err; err != nil {
+		for g.pending.head != nil {
+			o := g.pending.pop()
+			if o.err = err; o.parts == 0 {
+				done.push(o)
+			}
+		}
+		for _, i := range g.again {
+			g.slots[i].err = err
+			g.finish(i, &done)
+		}
+		g.again = g.again[:0]
+	}
+	g.mu.Unlock()
+	done.complete()
+}
+
+// rest submits what others left. It reports whether the device is closing and
+// has nothing left to do, and whether no command is in the ring.
+func (g *engine) rest() (over, idle bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.kick()
+	g.asleep = !g.submitting && g.ring.ready() == 0 && len(g.free) == len(g.slots)
+	return g.closing && g.asleep && g.elsewhere == 0 && g.pending.head == nil, g.asleep
+}
+
+// finishAll ends service: it waits until nothing is in flight and frees the
+// ring. It returns false when that was done before.
+func (g *engine) finishAll() bool {
+	g.mu.Lock()
+	again := g.closing
+	g.closing = true
+	g.mu.Unlock()
+	if !again {
+		g.ring.wake()
+	}
+	<-g.reaped
+	if again {
+		return false
+	}
+	g.pinned.wait()
+	g.ring.close()
+	return true
+}
+
+// View implements Device.
+func (g *engine) View(off, n int64) []byte { return nil }
+
+// Size implements Device.
+func (g *engine) Size() int64 { return g.size }
+
+// BlockSize implements Device.
+func (g *engine) BlockSize() int { return int(g.align) }
+
+// pins is the part of the arena that is registered with the ring. It grows
+// chunk by chunk as buffers are used, so that memory never used is never
+// pinned; ops on a chunk not registered yet work, at a higher cost.
+type pins struct {
+	chunk   int             // bytes, a power of two
+	state   []atomic.Uint32 // per chunk
+	bytes   atomic.Int64
+	warning atomic.Pointer[string]
+	mu      sync.Mutex // one registration at a time
+	running sync.WaitGroup
+}
+
+const (
+	minChunk    = 4 << 20
+	maxChunks   = 1 << 14 // registered buffers a ring can have
+	unpinned    = 0
+	pinning     = 1
+	pinned      = 2
+	notPinnable = 3
+)
+
+func (p *pins) init(g *engine) {
+	if g.arena == nil {
+		return
+	}
+	size := len(g.arena.mem)
+	if limit := memlockLimit(); limit < uint64(size) {
+		p.warn(fmt.Sprintf("%s runs without registered buffers: the memlock limit is %d KiB and the arena has %d MiB; raise it (ulimit -l unlimited, LimitMEMLOCK=infinity)", g.path, limit>>10, size>>20))
+		return
+	}
+	p.chunk = minChunk
+	for size > p.chunk*maxChunks {
+		p.chunk *= 2
+	}
+	n := (size + p.chunk - 1) / p.chunk
+	if err := g.ring.reserve(n); err != nil {
+		p.warn(fmt.Sprintf("%s runs without registered buffers (%v): Linux 5.19 or later has them", g.path, err))
+		return
+	}
+	p.state = make([]atomic.Uint32, n)
+}
+
+func (p *pins) warn(s string) { p.warning.Store(&s) }
+
+// find returns the registered buffer that holds b. The first use of a chunk
+// starts its registration, in the background.
+func (p *pins) find(g *engine, b []byte) (int, bool) {
+	if p.state == nil {
+		return 0, false
+	}
+	off, ok := g.arena.offset(b)
+	if !ok {
+		return 0, false
+	}
+	i := off / p.chunk
+	if off+len(b) > (i+1)*p.chunk {
+		return 0, false
+	}
+	s := &p.state[i]
+	if s.Load() == unpinned && s.CompareAndSwap(unpinned, pinning) {
+		p.running.Add(1)
+		go p.register(g, i)
+	}
+	return i, s.Load() == pinned
+}
+
+func (p *pins) register(g *engine, i int) {
+	defer p.running.Done()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.warning.Load() != nil {
+		p.state[i].Store(notPinnable)
+		return
+	}
+	b := g.arena.mem[i*p.chunk : min((i+1)*p.chunk, len(g.arena.mem))]
+	_ = unix.Madvise(b, unix.MADV_POPULATE_WRITE) // outside the ring's lock, which registering holds
+	if err := g.ring.register(i, b); err != nil {
+		p.state[i].Store(notPinnable)
+		p.warn(fmt.Sprintf("%s runs with only %d MiB of registered buffers (%v): raise the memlock limit (ulimit -l unlimited, LimitMEMLOCK=infinity)", g.path, p.bytes.Load()>>20, err))
+		return
+	}
+	p.bytes.Add(int64(len(b)))
+	p.state[i].Store(pinned)
+}
+
+func (p *pins) wait() { p.running.Wait() }
+
+// describe fills in what all engines know of themselves.
+func (g *engine) describe(i DeviceInfo) DeviceInfo {
+	i.Path, i.Size, i.BlockSize, i.Registered, i.Depth = g.path, g.size, int(g.align), g.pinned.bytes.Load(), len(g.slots)
+	if w := g.pinned.warning.Load(); w != nil {
+		i.Warnings = append(i.Warnings, *w)
+	}
+	g.mu.Lock()
+	i.Gone = g.down != nil
+	g.mu.Unlock()
+	return i
+}
