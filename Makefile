@@ -1,5 +1,7 @@
+# RDMA is built in when a C compiler and rdma-core's headers are there; its libraries are needed only to use it.
+RDMA := $(shell printf '\043include <rdma/rdma_cma.h>' | gcc -E -x c - > /dev/null 2>&1 && echo rdma)
 # giouring reaches into the syscall package by linkname, which Go links only when told so.
-export GOFLAGS := -ldflags=-checklinkname=0
+export GOFLAGS := -ldflags=-checklinkname=0$(if $(RDMA), -tags=rdma)
 
 # The guests of tests/vm: Debian 12's kernel, and the newest that Debian 13 has.
 KERNELS := 6.1 latest
@@ -13,7 +15,8 @@ FUZZTIME := 10000x
 
 build:
 	@command -v go > /dev/null || { echo 'kvof is built with Go 1.26 or later: https://go.dev/dl'; exit 1; }
-	CGO_ENABLED=0 go build -o bin/kvof ./cmd/kvof
+	@$(if $(RDMA),:,echo 'Building without RDMA: for that install gcc, libibverbs-dev and librdmacm-dev (rdma-core-devel).')
+	CGO_ENABLED=$(if $(RDMA),1,0) go build -o bin/kvof ./cmd/kvof
 
 run: build
 	@echo 'Serving in this terminal until Ctrl-C. In a second one, in this folder:'
