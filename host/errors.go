@@ -20,6 +20,12 @@ var (
 	// ErrTransferSize is wrapped when a command's data is larger than the path to the namespace carries in one command:
 	// the controller's MDTS, or the kernel's limit for a [Device].
 	ErrTransferSize = errors.New("more than one command carries")
+	// ErrDamaged is wrapped when a split value is not as it was stored: a part is absent or differs, or its root is wrong.
+	// A cache may take it for a miss, and store the value again.
+	ErrDamaged = errors.New("the split value is damaged")
+	// ErrReplaced is returned when a value was replaced again and again while it was being read, or once after a part of
+	// it was passed on.
+	ErrReplaced = errors.New("the value was replaced while it was read")
 	// ErrNoNamespace is wrapped when the controller has no such namespace.
 	ErrNoNamespace = errors.New("no such namespace")
 )

@@ -297,10 +297,13 @@ func (q *queue) drain() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.rx = nil
+	sent := fmt.Errorf("%w: %w", q.err, ErrOutcomeUnknown)
 	for i := range q.slots {
 		if s := &q.slots[i]; s.state == slotActive {
 			q.detach(s)
-			s.err = q.err
+			if s.err = q.err; s.capsule {
+				s.err = sent
+			}
 			q.finish(s)
 		}
 	}
