@@ -138,6 +138,9 @@ func EncodeDiscovery(b []byte, genctr uint64, entries []DiscoveryEntry) []byte {
 		PadString(r[32:64], e.TRSVCID)
 		copy(r[256:511], e.SubNQN)
 		PadString(r[512:768], e.TRAddr)
+		if e.TRType == TRTypeRDMA {
+			r[tsasOffset], r[tsasOffset+1], r[tsasOffset+2] = tsasQPType, tsasPRType, tsasCMS
+		}
 	}
 	return b
 }
