@@ -5,11 +5,13 @@
 #
 # A step passes when none of its commands fails; a step that fails ends its script, after what its
 # commands, the target and the kernel said. Scripts start their own target, with nothing in it.
+# The variable transport, tcp or rdma, says by which way everything goes; no script has two ways.
 set -eEuo pipefail
 shopt -s inherit_errexit
 
-script=$(basename "$0" .sh) script=${script#*-} step=setup
-mkdir "/data/$script"
+transport=${transport:-tcp}
+script=$(basename "$0" .sh) script=$transport/${script#*-} step=setup
+mkdir -p "/data/$script"
 cd "/data/$script"
 dmesg --clear
 exec 3>&1 > output 2>&1
@@ -33,11 +35,11 @@ wait_for() {
 finish() {
 	local status=$?
 	trap - ERR EXIT
-	set +e
+	set +e +o pipefail
 	nvme disconnect-all
-	kill $(jobs -p)
+	for job in $(jobs -p); do kill $job; done
 	complain() { [ $status != 0 ] || failed=$1 status=1; }
-	wait "${target:-}" || complain "the target ended with status $?"
+	[ -z "${target:-}" ] || wait $target || complain "the target ended with status $?"
 	dmesg | grep -E 'WARNING:|BUG:|Oops|Call Trace|blocked for more' && complain 'the kernel complains'
 	if [ $status = 0 ]; then
 		pass
@@ -45,6 +47,7 @@ finish() {
 		echo "FAIL $script: $step ($failed)" >&3
 		dmesg > kernel.log
 		tail -n 40 output kvof.log kernel.log >&3
+		[ ! -e /dev/peer ] || peer 'dmesg > kernel.log; tail -n 40 output kvof.log kernel.log >&3'
 	fi
 	exit $status
 }
@@ -55,9 +58,71 @@ trap 'failed=$(at)' ERR
 trap 'failed="its time is over"; exit 1' TERM
 trap finish EXIT
 
+# ---- the network
+
+# ethernet DEVICE ADDRESS: sets the device up, and on it an RDMA device where the transport needs it. A guest's own
+# traffic stays inside of that: for a link that can be lost it takes two guests.
+ethernet() {
+	ip link set $1 mtu 9000 up
+	ip addr replace $2/24 dev $1
+	[ $transport = rdma ] && [ ! -e /sys/class/infiniband/rxe0 ] || return 0
+	modprobe -a rdma_rxe rdma_ucm ib_uverbs nvme_rdma
+	rdma link add rxe0 type rxe netdev $1
+}
+
+# peer COMMAND...: done by the other guest, in its own copy of this shell.
+peer() {
+	local status
+	echo "$*" > /dev/peer
+	read -r status < /dev/peer
+	[ "$status" = 0 ] || die "the peer: $*"
+}
+
+# lose_link SECONDS: for that long nothing that one of two guests sends reaches the other. Returns at once.
+# (An interface that is set down leaves soft-RoCE's connection manager stuck.)
+lose_link() {
+	peer "drop_packets $1 &"
+	drop_packets $1 &
+}
+drop_packets() {
+	tc qdisc add dev eth0 root netem loss 100%
+	sleep $1
+	tc qdisc del dev eth0 root
+}
+
+# ---- drives: those that run.sh was told of
+
+# drive SERIAL: the name (nvme0) of its controller.
+drive() {
+	modprobe nvme poll_queues=1
+	wait_for 10 find_drive "$1"
+}
+find_drive() {
+	local file
+	file=$(grep -lx "$1 *" /sys/class/nvme/*/serial) || return
+	basename "${file%/serial}"
+}
+
+# remove_drive SERIAL takes it out of its slot, and insert_drive SERIAL puts it back.
+remove_drive() { echo "device_del $1" > /dev/monitor; }
+insert_drive() { echo "device_add $(grep ",serial=$1," /vm/drives)" > /dev/monitor; }
+
 # ---- the target
 
 ip=127.0.0.1 io=4420 discovery=8009
+# largest is the largest payload of one command: the kernel's host has no limit over TCP, and 1 MiB over RDMA.
+largest=$((16 << 20))
+# Where there are two guests, the target is in the peer.
+if [ -e /dev/peer ]; then
+	ip=10.0.0.2
+	ethernet eth0 10.0.0.$(grep -qw peer /proc/cmdline && echo 2 || echo 1)
+elif [ $transport = rdma ]; then
+	ip=10.0.0.1
+	[ -e /sys/class/net/veth0 ] || ip link add veth0 type veth peer name veth1
+	ip link set veth1 mtu 9000 up
+	ethernet veth0 $ip
+fi
+[ $transport = tcp ] || discovery=$io largest=$((1 << 20))
 disks=nqn.2026-11.dev.kvof:disks   # namespace 1: KV; 2 and 3: block, with LBAs of 512 and 4096 bytes
 memory=nqn.2026-11.dev.kvof:memory # namespace 1: KV, values up to 4 MiB; 2: block
 
@@ -68,11 +133,11 @@ configure() {
 		arena = "256MiB"
 
 		[[listener]]
-		transport = "tcp"
+		transport = "$transport"
 		address = "$ip:$io"
 
 		[discovery]
-		address = ["$ip:$discovery"]
+		address = ["127.0.0.1:8009"]
 
 		[[subsystem]]
 		nqn = "$disks"
@@ -103,7 +168,12 @@ namespace() {
 # sized DISK BYTES: a disk appears a moment before its size does.
 sized() { [ "$(blockdev --getsize64 "$1")" = "$2" ]; }
 
-listens() { (: < "/dev/tcp/$ip/$1") 2>/dev/null; }
+listens() {
+	case $transport in
+	tcp) (: < "/dev/tcp/$ip/$1") 2> /dev/null ;;
+	rdma) rdma resource show cm_id | grep -q "LISTEN .*src-addr $ip:$1 " ;;
+	esac
+}
 start_target() {
 	/vm/kvof serve --config kvof.toml >> kvof.log 2>&1 &
 	target=$!
@@ -115,12 +185,12 @@ status() { /vm/kvof status --json "$@"; }
 
 # ---- the host
 
-connect() { nvme connect -t tcp -a $ip -s $io -n "$@"; }
+connect() { nvme connect -t $transport -a $ip -s $io -n "$@"; }
 
 # attach NQN PORT HOST: connects as the host with that number, beside other connections, which Debian 12's nvme-cli cannot.
 attach() {
 	local id=00000000-0000-0000-0000-00000000000$3
-	echo "nqn=$1,transport=tcp,traddr=$ip,trsvcid=$2,hostnqn=nqn.2014-08.org.nvmexpress:uuid:$id,hostid=$id,keep_alive_tmo=30,duplicate_connect" \
+	echo "nqn=$1,transport=$transport,traddr=$ip,trsvcid=$2,hostnqn=nqn.2014-08.org.nvmexpress:uuid:$id,hostid=$id,keep_alive_tmo=30,duplicate_connect" \
 		> /dev/nvme-fabrics
 }
 

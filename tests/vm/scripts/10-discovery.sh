@@ -4,7 +4,7 @@ start_target
 
 it 'nvme discover names every subsystem, on the discovery port and on the I/O port'
 for port in $discovery $io; do
-	nvme discover -t tcp -a $ip -s $port -o json > log
+	nvme discover -t $transport -a $ip -s $port -o json > log
 	jq -r '.records[] | select(.subtype == "nvme subsystem") | "\(.subnqn) \(.traddr) \(.trsvcid)"' log | sort > found
 	diff found - <<-END
 		$disks $ip $io
@@ -13,7 +13,7 @@ for port in $discovery $io; do
 done
 
 it 'nvme connect-all connects every subsystem'
-nvme connect-all -t tcp -a $ip -s $discovery
+nvme connect-all -t $transport -a $ip -s $discovery
 for nqn in $disks $memory; do
 	[ "$(controllers $nqn | wc -l)" = 1 ]
 	live "$(controllers $nqn)"
@@ -32,8 +32,8 @@ grep -q "$(block $memory 2) " log
 it 'nvme list-subsys shows each subsystem with its path'
 nvme list-subsys -o json > log
 for nqn in $disks $memory; do
-	jq -e --arg nqn $nqn --arg name "$(controllers $nqn)" '[.. | objects | select(.NQN? == $nqn) | .Paths[]] |
-		length == 1 and .[0].Name == $name and .[0].Transport == "tcp" and .[0].State == "live"' log
+	jq -e --arg nqn $nqn --arg name "$(controllers $nqn)" --arg transport $transport '[.. | objects | select(.NQN? == $nqn) | .Paths[]] |
+		length == 1 and .[0].Name == $name and .[0].Transport == $transport and .[0].State == "live"' log
 done
 
 it 'nvme disconnect removes one subsystem, disconnect-all the rest'

@@ -7,11 +7,11 @@ ctrl=$(controllers $disks)
 added=nqn.2026-11.dev.kvof:added
 
 # Two hosts keep a discovery controller, as the service of a Debian host does.
-nvme discover -t tcp -a $ip -s $discovery --persistent
+nvme discover -t $transport -a $ip -s $discovery --persistent
 attach nqn.2014-08.org.nvmexpress.discovery $discovery 2
 watchers=$(controllers nqn.2014-08.org.nvmexpress.discovery)
 [ "$(wc -w <<< "$watchers")" = 2 ]
-generation() { nvme discover -t tcp -a $ip -s $discovery -o json | jq .genctr; }
+generation() { nvme discover -t $transport -a $ip -s $discovery -o json | jq .genctr; }
 
 it 'a namespace that a reload adds appears on a connected host by itself'
 before=$(generation)
@@ -32,7 +32,7 @@ done
 [ "$(generation)" -gt "$before" ]
 
 it 'nvme connect-all through the discovery controller connects it'
-nvme connect-all --device="$(head -1 <<< "$watchers")" -t tcp -a $ip -s $discovery
+nvme connect-all --device="$(head -1 <<< "$watchers")" -t $transport -a $ip -s $discovery
 live "$(controllers $added)"
 kv=$(generic $added 1)
 store 01 /etc/hosts
