@@ -15,16 +15,17 @@ import (
 // fake is a target as simple as can be: one goroutine per connection, each command carried out when it arrives.
 // Namespace 1 is Key Value, namespace 2 is block.
 type fake struct {
-	t         testing.TB
-	l         net.Listener
-	chunk     int // bytes in one C2HData, R2T
-	success   bool
-	noCSI     bool
-	refuseDG  bool
-	ioccsz    uint32
-	mdts      uint8
-	entries   []nvmeof.DiscoveryEntry
-	intercept func(c *fakeConn, cmd *nvmeof.Command) bool // true: dealt with
+	t           testing.TB
+	l           net.Listener
+	chunk       int // bytes in one C2HData, R2T
+	success     bool
+	noCSI       bool
+	noExistMany bool
+	refuseDG    bool
+	ioccsz      uint32
+	mdts        uint8
+	entries     []nvmeof.DiscoveryEntry
+	intercept   func(c *fakeConn, cmd *nvmeof.Command) bool // true: dealt with
 
 	mu     sync.Mutex
 	genctr uint64
@@ -347,6 +348,25 @@ func (c *fakeConn) kvCommand(cmd *nvmeof.Command, data []byte) {
 		} else {
 			c.reply(cid, 0, 0, nvmeof.KeyDoesNotExist)
 		}
+	case nvmeof.OpExistMany:
+		if c.noExistMany {
+			c.reply(cid, 0, 0, nvmeof.InvalidOpcode|nvmeof.DNR)
+			return
+		}
+		var found uint64
+		i := 0
+		if err := nvmeof.DecodeKeyList(c.write(cmd, data), func(k []byte) bool {
+			c.mu.Lock()
+			if _, ok := c.kv[string(k)]; ok {
+				found |= 1 << i
+			}
+			c.mu.Unlock()
+			i++
+			return true
+		}); err != nil || i > nvmeof.MaxExistMany {
+			c.t.Errorf("fake: Exist Many of %d keys: %v", i, err)
+		}
+		c.reply(cid, uint32(found), uint32(found>>32), 0)
 	case nvmeof.OpDelete:
 		c.mu.Lock()
 		delete(c.kv, key)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"iter"
 	"math"
+	"sync/atomic"
 
 	"github.com/kvof/kvof/nvmeof"
 )
@@ -14,6 +15,7 @@ import (
 type KV struct {
 	path path
 	ns   Namespace
+	many atomic.Int32 // whether the target has Exist Many: see exist.go
 }
 
 // path carries the I/O commands of a namespace: a [Controller] or a [Device].
@@ -60,16 +62,21 @@ func (k *KV) maxValue(b []byte) uint64 {
 	}
 }
 
-func (k *KV) command(op uint8, key []byte, buf []byte, option uint8) (cmd nvmeof.Command, err error) {
+func (k *KV) command(op uint8, key []byte, buf []byte, option uint8) (nvmeof.Command, error) {
+	return k.commandFor(op, key, len(buf), option)
+}
+
+// commandFor builds a command with size bytes of data.
+func (k *KV) commandFor(op uint8, key []byte, size int, option uint8) (cmd nvmeof.Command, err error) {
 	if len(key) > nvmeof.MaxKeyLen || len(key) == 0 && op != nvmeof.OpList {
 		return cmd, nvmeof.InvalidKeySize
 	}
-	if len(buf) > math.MaxUint32 {
+	if size > math.MaxUint32 {
 		return cmd, nvmeof.InvalidValueSize
 	}
 	cmd.SetHeader(op, 0, k.ns.NSID)
 	cmd.SetKey(key)
-	cmd.SetKV(uint32(len(buf)), option)
+	cmd.SetKV(uint32(size), option)
 	return cmd, nil
 }
 

@@ -252,6 +252,8 @@ func (k *Controller) logPage(r *Request) []byte {
 		b := make([]byte, nvmeof.FirmwareSize)
 		nvmeof.EncodeFirmware(b, revision)
 		return b
+	case lid == nvmeof.LogVendor:
+		return vendorLog()
 	case lid == nvmeof.LogChangedNamespaces:
 		b := make([]byte, nvmeof.ChangedNamespacesSize)
 		k.mu.Lock()

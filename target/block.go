@@ -180,7 +180,7 @@ func writeZeroes(r *Request) {
 // zeroAfterDiscard tells whether deallocated blocks read as zeroes, as they do in files and memory.
 func (n *namespace) zeroAfterDiscard() bool { return n.Device != "block" }
 
-// ranges takes the data of a Dataset Management command.
+// ranges takes the data of a Dataset Management command, or of an Exist Many.
 type ranges struct {
 	b [maxDSMData]byte
 	n int

@@ -29,7 +29,7 @@ func FuzzCommand(f *testing.F) {
 	for cns := range 0x20 {
 		f.Add(seed(0, nvmeof.MakeIdentify(uint8(cns), 1, nvmeof.CSIKV), 64))
 	}
-	for _, lid := range []uint8{1, 2, 3, 4, 5, 0x70} {
+	for _, lid := range []uint8{1, 2, 3, 4, 5, 0x70, nvmeof.LogVendor} {
 		f.Add(seed(0, nvmeof.MakeGetLogPage(lid, 0, 4096, 0, nvmeof.CSIKV, false), 0))
 	}
 	for fid := range 0x21 {
@@ -44,6 +44,11 @@ func FuzzCommand(f *testing.F) {
 		f.Add(seed(1, kv(op, 4096), 64))
 		f.Add(seed(3, kv(op, 64), 64))
 	}
+	l := nvmeof.NewKeyList(make([]byte, 0, 64))
+	l.Add([]byte("key"))
+	l.Add([]byte("another key"))
+	many := seed(3, nvmeof.MakeExistMany(1, uint32(len(l.Bytes()))), 0)
+	f.Add(append(many, l.Bytes()...))
 	for _, op := range []uint8{0, 1, 2, 5, 8, 9, 12} {
 		f.Add(seed(1, block(op, 0), 64))
 		f.Add(seed(3, block(op, 1<<30|3), 4096))

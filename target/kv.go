@@ -16,6 +16,8 @@ var kvEffects = map[uint8]uint32{
 	nvmeof.OpExist:    nvmeof.EffectSupported,
 	nvmeof.OpStore:    nvmeof.EffectSupported | nvmeof.EffectContent,
 	nvmeof.OpDelete:   nvmeof.EffectSupported | nvmeof.EffectContent,
+
+	nvmeof.OpExistMany: nvmeof.EffectSupported,
 }
 
 // kvCommand checks a Key Value command and starts it. CDW12 and CDW13 are never looked at: real hosts put things there.
@@ -28,6 +30,10 @@ func kvCommand(r *Request) {
 	}
 	if op == nvmeof.OpFlush {
 		r.proceed(flush)
+		return
+	}
+	if op == nvmeof.OpExistMany {
+		existMany(r)
 		return
 	}
 	if kl := c.KeyLen(); kl > nvmeof.MaxKeyLen || kl == 0 && op != nvmeof.OpList {

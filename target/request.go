@@ -169,13 +169,16 @@ func (r *Request) Taken() {
 }
 
 // complete ends the command.
-func (r *Request) complete(st nvmeof.Status, dw0 uint32) {
+func (r *Request) complete(st nvmeof.Status, dw0 uint32) { r.finish(st, dw0, 0) }
+
+// finish is complete for a command with a result in DW1 too.
+func (r *Request) finish(st nvmeof.Status, dw0, dw1 uint32) {
 	q := r.queue
 	r.drop()
 	if r.Sent == 0 && !r.pinned { // else pieces are on their way to the host
 		q.giveBack(r)
 	}
-	r.CQE = nvmeof.MakeCompletion(dw0, 0, q.head(), q.id, r.Cmd.CID(), st)
+	r.CQE = nvmeof.MakeCompletion(dw0, dw1, q.head(), q.id, r.Cmd.CID(), st)
 	if r.ns != nil {
 		r.ns.stats.observe(r.Cmd.Opcode(), st, time.Since(r.start), r.PullLength, r.Sent)
 	}
@@ -186,11 +189,7 @@ func (r *Request) complete(st nvmeof.Status, dw0 uint32) {
 }
 
 // completeQuad ends a Property Get with its 64-bit value in DW0 and DW1.
-func (r *Request) completeQuad(v uint64) {
-	q := r.queue
-	r.CQE = nvmeof.MakeCompletion(uint32(v), uint32(v>>32), q.head(), q.id, r.Cmd.CID(), nvmeof.Success)
-	q.conn.Complete(r)
-}
+func (r *Request) completeQuad(v uint64) { r.finish(nvmeof.Success, uint32(v), uint32(v>>32)) }
 
 // fail ends the command with a status that the same command would get again.
 func (r *Request) fail(st nvmeof.Status) { r.complete(st|nvmeof.DNR, 0) }

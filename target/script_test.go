@@ -257,6 +257,15 @@ func (s *script) run(t *testing.T, d *datadriven.TestData) string {
 			return s.list(c, cmd, uint32(a.num("sgl", size)))
 		}
 		return send(size, data)
+	case "exist-many": // keys=(hex, ...), or data=hex as it is
+		keys, _ := d.Arg("keys")
+		data := a.hex("data")
+		if len(keys.Vals) > 0 {
+			data = manyKeys(t, d, keys.Vals)
+		}
+		n := a.num("size", uint64(len(data)))
+		cmd = nvmeof.MakeExistMany(nsid, uint32(n))
+		return send(uint64(len(data)), data)
 	case "flush", "read", "write", "compare", "verify", "write-zeroes":
 		n := a.num("n", 1) * a.num("lba", 512)
 		cmd.SetHeader(opcodes[d.Cmd], 0, nsid)
@@ -311,6 +320,26 @@ func (s *script) events(c *fakeConn, n int) string {
 		b.WriteString(show(&command{cqe: cqe}))
 	}
 	return b.String()
+}
+
+// manyKeys is an Exist Many's data: keys in hex, each with a repeat count after *.
+func manyKeys(t *testing.T, d *datadriven.TestData, keys []string) []byte {
+	l := nvmeof.NewKeyList(make([]byte, 0, 8<<10))
+	for _, k := range keys {
+		k, times, _ := strings.Cut(k, "*")
+		key, err := hex.DecodeString(k)
+		n := 1
+		if times != "" && err == nil {
+			n, err = strconv.Atoi(times)
+		}
+		if err != nil {
+			d.Fatalf(t, "%v", err)
+		}
+		for range n {
+			l.Add(key)
+		}
+	}
+	return l.Bytes()
 }
 
 // list shows the keys of a List.

@@ -45,14 +45,27 @@ func (h *Histogram) snapshot() (s HistogramSnapshot) {
 // commandStats counts the commands of one namespace by opcode.
 type commandStats struct {
 	byOpcode          [nvmeof.OpExist + 1]opStats
+	existMany         opStats
 	bytesIn, bytesOut counter
 	mediaErrors       counter
 }
 
+// of returns an opcode's statistics, nil for one that no namespace has.
+func (s *commandStats) of(op uint8) *opStats {
+	switch {
+	case op == nvmeof.OpExistMany:
+		return &s.existMany
+	case int(op) < len(s.byOpcode):
+		return &s.byOpcode[op]
+	}
+	return nil
+}
+
 // count returns how many commands with an opcode have ended.
 func (s *commandStats) count(op uint8) (n uint64) {
-	for i := range s.byOpcode[op].latency.buckets {
-		n += s.byOpcode[op].latency.buckets[i].Load()
+	o := s.of(op)
+	for i := range o.latency.buckets {
+		n += o.latency.buckets[i].Load()
 	}
 	return n
 }
@@ -64,10 +77,10 @@ type opStats struct {
 
 // observe counts one command; in and out are its data bytes.
 func (s *commandStats) observe(op uint8, st nvmeof.Status, d time.Duration, in, out uint32) {
-	if int(op) >= len(s.byOpcode) {
+	o := s.of(op)
+	if o == nil {
 		return
 	}
-	o := &s.byOpcode[op]
 	o.latency.observe(d)
 	switch st.Code() {
 	case nvmeof.Success, nvmeof.KeyDoesNotExist, nvmeof.KeyExists:

@@ -188,7 +188,7 @@ func (n *namespace) fill(s *NamespaceStatus) {
 		s.Used = s.Capacity
 	}
 	for _, c := range names {
-		o := &n.stats.byOpcode[c.opcode]
+		o := n.stats.of(c.opcode)
 		s.Commands = append(s.Commands, CommandStats{Name: c.name, Opcode: c.opcode, Errors: o.errors.Load(), Latency: o.latency.snapshot()})
 	}
 	s.BytesIn, s.BytesOut, s.MediaErrors = n.stats.bytesIn.Load(), n.stats.bytesOut.Load(), n.stats.mediaErrors.Load()
@@ -201,7 +201,7 @@ type commandName struct {
 
 // The names of the commands in status and metrics.
 var (
-	kvCommands = []commandName{{nvmeof.OpStore, "store"}, {nvmeof.OpRetrieve, "retrieve"}, {nvmeof.OpExist, "exist"},
+	kvCommands = []commandName{{nvmeof.OpStore, "store"}, {nvmeof.OpRetrieve, "retrieve"}, {nvmeof.OpExist, "exist"}, {nvmeof.OpExistMany, "exist-many"},
 		{nvmeof.OpDelete, "delete"}, {nvmeof.OpList, "list"}, {nvmeof.OpFlush, "flush"}}
 	blockCommands = []commandName{{nvmeof.OpWrite, "write"}, {nvmeof.OpRead, "read"}, {nvmeof.OpWriteZeroes, "write-zeroes"},
 		{nvmeof.OpDSM, "dsm"}, {nvmeof.OpCompare, "compare"}, {nvmeof.OpVerify, "verify"}, {nvmeof.OpFlush, "flush"}}
