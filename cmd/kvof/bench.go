@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -37,14 +38,15 @@ type bench struct {
 	keep    bool
 	seed    uint64
 
-	kv     *host.KV
-	block  *host.Block
-	lbas   uint64 // of a unit
-	random bool
-	gens   []generation // of each unit, with --verify
-	next   atomic.Int64 // sequential work
-	left   atomic.Int64 // with --count
-	stop   atomic.Bool
+	kv          *host.KV
+	block       *host.Block
+	lbas        uint64 // of a unit
+	connections int
+	random      bool
+	gens        []generation // of each unit, with --verify
+	next        atomic.Int64 // sequential work
+	left        atomic.Int64 // with --count
+	stop        atomic.Bool
 }
 
 // generation tells which contents of a unit a read may find: those of generations done to started. writing keeps
@@ -81,8 +83,8 @@ func newBenchCommand() *cobra.Command {
 	b := &bench{size: 2 << 20}
 	cmd := &cobra.Command{
 		Use:   "bench",
-		Short: "Measure a Key Value or block namespace of any NVMe/TCP target",
-		Long: "Measure a Key Value or block namespace of any NVMe/TCP target: throughput, latency, and the CPU time of this\n" +
+		Short: "Measure a Key Value or block namespace of any target",
+		Long: "Measure a Key Value or block namespace of any target: throughput, latency, and the CPU time of this\n" +
 			"process. One operation is one command. DATA IS OVERWRITTEN: keys named bench-0000000000 and so on, or blocks.",
 		Args: cobra.NoArgs,
 	}
@@ -116,28 +118,27 @@ func (b *bench) run(ctx context.Context) (err error) {
 		return usageError{fmt.Errorf("operation %q of type %s is not one of %s", b.op, b.kind, strings.Join(ops, ", "))}
 	case b.units < 1 || b.readPct < 0 || b.readPct > 100 || b.time <= 0 || b.count < 0:
 		return usageError{errors.New("a number is out of range")}
+	case b.c.device != "" && b.kind != "kv":
+		return usageError{errors.New("a --device is a Key Value namespace")}
 	case b.verify && b.size < patternHeader:
 		return usageError{fmt.Errorf("--verify needs sizes of %d bytes or more", patternHeader)}
 	}
 	b.random = b.op != "read" && b.op != "write" && b.op != "store"
-	ctrl, err := b.open(ctx)
+	path, err := b.open(ctx)
 	if err != nil {
 		return err
 	}
-	defer ctrl.Close()
-	if m := ctrl.MaxTransfer(); m != 0 && uint64(b.size) > m {
-		return fmt.Errorf("%v in one command: the target takes at most %s (MDTS)", &b.size, humanize.IBytes(m))
-	}
+	defer path.Close()
 	if b.verify {
 		b.gens = make([]generation, b.units)
 	}
-	workers := make([]*benchWorker, b.c.depth*ctrl.IOQueues())
+	workers := make([]*benchWorker, b.c.depth*b.connections)
 	for i := range workers {
 		workers[i] = b.worker(i)
 	}
 	defer context.AfterFunc(ctx, func() {
 		b.stop.Store(true)
-		time.AfterFunc(2*time.Second, func() { ctrl.Close() }) // for a target that hangs
+		time.AfterFunc(2*time.Second, func() { path.Close() }) // for a target that hangs
 	})()
 	if b.kv != nil && !b.keep {
 		defer func() { err = errors.Join(err, b.deleteKeys()) }()
@@ -156,35 +157,36 @@ func (b *bench) run(ctx context.Context) (err error) {
 }
 
 // open connects and finds the namespace and the units.
-func (b *bench) open(ctx context.Context) (*host.Controller, error) {
-	csi := nvmeof.CSIKV
-	if b.kind == "block" {
-		csi = nvmeof.CSINVM
-	}
-	ctrl, nsid, err := b.c.namespace(ctx, csi)
-	if err != nil {
-		return nil, err
-	}
-	if csi == nvmeof.CSIKV {
-		b.kv, err = ctrl.KV(ctx, nsid)
-		if m := maxValueOf(b.kv); err == nil && m != 0 && uint64(b.size) > m {
-			err = fmt.Errorf("%v is more than the namespace's largest value, %s", &b.size, humanize.IBytes(m))
+func (b *bench) open(ctx context.Context) (path io.Closer, err error) {
+	most := uint64(0) // bytes in one command
+	if b.kind == "kv" {
+		if b.kv, path, err = b.c.openKV(ctx); err != nil {
+			return nil, err
 		}
-	} else if b.block, err = ctrl.Block(ctx, nsid); err == nil {
-		err = b.openBlock()
+		most = b.kv.MaxValue()
+	} else {
+		ctrl, nsid, err := b.c.namespace(ctx, nvmeof.CSINVM)
+		if err != nil {
+			return nil, err
+		}
+		path, most = ctrl, ctrl.MaxTransfer()
+		if b.block, err = ctrl.Block(ctx, nsid); err == nil {
+			err = b.openBlock()
+		}
+		if err != nil {
+			ctrl.Close()
+			return nil, err
+		}
 	}
-	if err != nil {
-		ctrl.Close()
-		return nil, err
+	if most != 0 && uint64(b.size) > most {
+		path.Close()
+		return nil, fmt.Errorf("%v is more than one command carries, %s", &b.size, humanize.IBytes(most))
 	}
-	return ctrl, nil
-}
-
-func maxValueOf(kv *host.KV) uint64 {
-	if kv == nil {
-		return 0
+	b.connections = 1
+	if ctrl, ok := path.(*host.Controller); ok {
+		b.connections = ctrl.IOQueues()
 	}
-	return kv.Info().MaxValue
+	return path, nil
 }
 
 func (b *bench) openBlock() error {
@@ -443,7 +445,7 @@ func (b *bench) report(workers []*benchWorker, elapsed time.Duration, cpu time.D
 			P999: float64(h.ValueAtQuantile(99.9)) * us, Max: float64(h.Max()) * us,
 		}
 	}
-	out := benchJSON{Type: b.kind, Op: b.op, Size: int64(b.size), Depth: b.c.depth, Connections: len(workers) / b.c.depth,
+	out := benchJSON{Type: b.kind, Op: b.op, Size: int64(b.size), Depth: b.c.depth, Connections: b.connections,
 		Seconds: elapsed.Seconds(), CPUSeconds: cpu.Seconds(), Verified: b.verify,
 		Digests: map[string]bool{"header": b.c.headerDigest, "data": b.c.dataDigest}, Operations: map[string]*benchRow{}}
 	names := [...]string{doRead: "read", doWrite: "write", doExist: "exist"}

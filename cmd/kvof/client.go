@@ -31,7 +31,7 @@ const defaultAddress = "127.0.0.1:8009"
 type client struct {
 	cmd                      *cobra.Command
 	address, transport       string
-	nqn, hostNQN             string
+	nqn, hostNQN, device     string
 	nsid                     uint32
 	headerDigest, dataDigest bool
 	depth, queues            int
@@ -47,6 +47,10 @@ func newClient(cmd *cobra.Command, depthFlag string, depth int) *client {
 	f.Uint32Var(&c.nsid, "namespace", 0, "`NSID` (default: the only one of the kind needed)")
 	f.IntVar(&c.depth, depthFlag, depth, "commands in flight on each connection")
 	f.IntVar(&c.queues, "queues", 1, "connections, one I/O queue each")
+	f.StringVarP(&c.device, "device", "d", "", "a Key Value namespace that this machine's kernel has attached, instead: `/dev/ngXnY`, its subsystem's NQN, or its NGUID")
+	for _, other := range []string{"address", "transport", "nqn", "queues", depthFlag, "hostnqn", "header-digest", "data-digest"} {
+		cmd.MarkFlagsMutuallyExclusive("device", other)
+	}
 	return c
 }
 
@@ -162,19 +166,36 @@ func (c *client) chooseNamespace(ctx context.Context, ctrl *host.Controller, csi
 	return 0, usageError{fmt.Errorf("choose a %s namespace with --namespace: %s", kind, strings.Join(ids, ", "))}
 }
 
-// withKV runs f with the Key Value namespace that the flags name.
-func (c *client) withKV(f func(ctx context.Context, kv *host.KV) error) error {
-	ctx := c.cmd.Context()
+// openKV opens the Key Value namespace that the flags name. The closer ends the connection.
+func (c *client) openKV(ctx context.Context) (*host.KV, io.Closer, error) {
+	if c.device != "" {
+		d, err := host.OpenDevice(c.device, c.nsid)
+		if err != nil {
+			return nil, nil, err
+		}
+		return d.KV(), d, nil
+	}
 	ctrl, nsid, err := c.namespace(ctx, nvmeof.CSIKV)
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
-	defer ctrl.Close()
 	kv, err := ctrl.KV(ctx, nsid)
+	if err != nil {
+		ctrl.Close()
+		return nil, nil, err
+	}
+	return kv, ctrl, nil
+}
+
+// withValues runs f with the values of the Key Value namespace that the flags name; for part see [host.KV.Values].
+func (c *client) withValues(part int, f func(ctx context.Context, v *host.Values) error) error {
+	ctx := c.cmd.Context()
+	kv, closer, err := c.openKV(ctx)
 	if err != nil {
 		return err
 	}
-	return f(ctx, kv)
+	defer closer.Close()
+	return f(ctx, kv.Values(part))
 }
 
 // print writes v as JSON with --json, else the text.
@@ -265,6 +286,8 @@ func storeError(key []byte, err error) error {
 		return fmt.Errorf("key %s exists", keyText(key))
 	case errors.Is(err, nvmeof.CapacityExceeded):
 		return fmt.Errorf("the namespace is full: delete keys, or give it a larger device (%w)", err)
+	case errors.Is(err, host.ErrTransferSize):
+		return fmt.Errorf("%w: store it with --part for this path", err)
 	}
 	return err
 }

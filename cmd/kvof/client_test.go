@@ -1,11 +1,13 @@
 package main
 
 import (
+	"archive/tar"
 	"bytes"
 	"encoding/hex"
+	"errors"
 	"io"
 	"os"
-	"strings"
+	"path/filepath"
 	"testing"
 
 	"github.com/kvof/kvof/nvmeof"
@@ -71,44 +73,68 @@ func TestChoose(t *testing.T) {
 	}
 }
 
-// TestManifestEscapes gives manifests that would write where they should not.
-func TestManifestEscapes(t *testing.T) {
-	chunk := strings.Repeat("00", 16)
-	for _, files := range []string{
-		`{"path":"../x"}`, `{"path":"/x"}`, `{"path":"a/../../x"}`, `{"path":""}`, `{"path":"."}`, `{"path":"a\u0000b"}`,
-		`{"path":"a","link":"/etc"}`, `{"path":"a/b","link":"../../x"}`,
-		`{"path":"a","mode":2541}`,
-		`{"path":"a","size":10,"chunk":4,"chunks":["` + chunk + `"]}`,
-		`{"path":"a","size":-1}`, `{"path":"a","size":1,"chunk":0,"chunks":["` + chunk + `"]}`,
-		`{"path":"a","size":9223372036854775807,"chunk":1073741824,"chunks":["` + chunk + `"]}`,
-		`{"path":"a","size":4,"chunk":4,"chunks":["00"]}`,
-		`{"path":"a","dir":true,"size":4,"chunk":4,"chunks":["` + chunk + `"]}`,
+// TestExtractStaysInside gives archives that would write where they should not.
+func TestExtractStaysInside(t *testing.T) {
+	reg := func(name string) tar.Header { return tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o644} }
+	link := func(name, to string) tar.Header {
+		return tar.Header{Typeflag: tar.TypeSymlink, Name: name, Linkname: to}
+	}
+	outside := t.TempDir()
+	for _, entries := range [][]tar.Header{
+		{reg("../x")}, {reg("/x")}, {reg("a/../../x")}, {reg(".")}, {reg("a//b")}, {reg("./a")},
+		{{Typeflag: tar.TypeDir, Name: "../x/"}},
+		{{Typeflag: tar.TypeLink, Name: "x", Linkname: "/etc/passwd"}},
+		{{Typeflag: tar.TypeFifo, Name: "x"}}, {{Typeflag: tar.TypeChar, Name: "x"}},
+		{link("l", "/etc")}, {link("a/b", "../../x")}, {link("l", outside), reg("l/x")},
 	} {
-		if _, err := decodeManifest([]byte(manifestMagic + `{"tree":true,"files":[` + files + `]}`)); err == nil {
-			t.Errorf("%s was accepted", files)
+		dir := filepath.Join(t.TempDir(), "in")
+		var b bytes.Buffer
+		w := tar.NewWriter(&b)
+		for _, h := range entries {
+			if err := w.WriteHeader(&h); err != nil {
+				t.Fatal(err)
+			}
+		}
+		w.Close()
+		if _, err := extractTree(dir, &b); err == nil {
+			t.Errorf("%+v was extracted", entries)
+		}
+		if found, _ := os.ReadDir(filepath.Dir(dir)); len(found) != 1 {
+			t.Errorf("%+v: %v", entries, found)
 		}
 	}
-	for _, m := range []string{``, `{}`, `{"files":[]}`, `{"files":[{"dir":true}]}`, `[`} {
-		if _, err := decodeManifest([]byte(manifestMagic + m)); err == nil {
-			t.Errorf("%s was accepted", m)
-		}
+	// Through a link that was there before.
+	dir := t.TempDir()
+	if err := os.Symlink(outside, filepath.Join(dir, "l")); err != nil {
+		t.Fatal(err)
 	}
-	good := `{"tree":true,"files":[{"path":"a/b","link":"../c","mode":511},{"path":"d","size":5,"chunk":4,"chunks":["` + chunk + `","` + chunk + `"]}]}`
-	if _, err := decodeManifest([]byte(manifestMagic + good)); err != nil {
-		t.Error(err)
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	h := reg("l/x")
+	if err := errors.Join(w.WriteHeader(&h), w.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := extractTree(dir, &b); err == nil {
+		t.Error("written through a link")
+	}
+	if found, _ := os.ReadDir(outside); len(found) > 0 {
+		t.Error(found)
 	}
 }
 
-// TestRestoreStaysInside restores through a symbolic link that leads outside.
-func TestRestoreStaysInside(t *testing.T) {
-	dir, outside := t.TempDir(), t.TempDir()
-	m := &manifest{Tree: true, Files: []manifestEntry{{Path: "l", Link: outside}, {Path: "l/x", Mode: 0o644}}}
-	err := restore(dir, m, func(*manifestEntry) func(io.Writer) error {
-		return func(w io.Writer) error { return nil }
-	})
-	if entries, _ := os.ReadDir(outside); err == nil || len(entries) > 0 {
-		t.Error(err, entries)
+func FuzzExtract(f *testing.F) {
+	var b bytes.Buffer
+	if _, err := archiveTree("testdata", &b); err != nil {
+		f.Fatal(err)
 	}
+	f.Add(b.Bytes())
+	f.Fuzz(func(t *testing.T, b []byte) {
+		dir := t.TempDir()
+		_, _ = extractTree(filepath.Join(dir, "in"), io.LimitReader(bytes.NewReader(b), 1<<20))
+		if found, _ := os.ReadDir(dir); len(found) > 1 {
+			t.Error(found)
+		}
+	})
 }
 
 func TestPattern(t *testing.T) {

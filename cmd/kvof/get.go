@@ -17,16 +17,16 @@ import (
 
 func newGetCommand() *cobra.Command {
 	var kf keyFlags
-	var raw bool
+	var extract bool
 	cmd := &cobra.Command{
 		Use:   "get KEY [FILE|DIR|-]",
 		Short: "Retrieve a value, a file or a directory",
-		Long: "Retrieve what put stored: into a file, to standard output (-, the default), or a directory into DIR. A file\n" +
-			"appears under its name only when it is complete and checked.",
+		Long: "Retrieve a value into a file, to standard output (-, the default) or, with --extract, the files of a directory that put\n" +
+			"stored into DIR. A file appears under its name only when it is complete and checked.",
 		Args: cobra.RangeArgs(1, 2),
 	}
 	kf.add(cmd)
-	cmd.Flags().BoolVar(&raw, "raw", false, "the value as it is stored, even if it is a manifest")
+	cmd.Flags().BoolVarP(&extract, "extract", "x", false, "the value is a directory, a tar archive: restore it into DIR")
 	c := newClient(cmd, "queue-depth", defaultQueueDepth)
 	cmd.RunE = func(_ *cobra.Command, args []string) error {
 		key, err := kf.parse(args[0])
@@ -37,12 +37,15 @@ func newGetCommand() *cobra.Command {
 		if len(args) == 2 {
 			to = args[1]
 		}
-		if to == "-" && c.json {
+		switch {
+		case to == "-" && extract:
+			return usageError{errors.New("name a directory to restore into")}
+		case to == "-" && c.json:
 			return usageError{errors.New("--json and the value both want standard output: name a file")}
 		}
-		return c.withKV(func(ctx context.Context, kv *host.KV) error {
+		return c.withValues(0, func(ctx context.Context, v *host.Values) error {
 			start := time.Now()
-			t, err := get(ctx, c, kv, key, to, raw)
+			t, err := get(ctx, c, v, key, to, extract)
 			if err != nil {
 				return storeError(key, err)
 			}
@@ -56,69 +59,45 @@ func newGetCommand() *cobra.Command {
 	return cmd
 }
 
-func get(ctx context.Context, c *client, kv *host.KV, key []byte, to string, raw bool) (*transferJSON, error) {
-	value, err := retrieve(ctx, kv, key)
+func get(ctx context.Context, c *client, v *host.Values, key []byte, to string, extract bool) (*transferJSON, error) {
+	size, err := v.Size(ctx, key)
 	if err != nil {
 		return nil, err
 	}
-	if raw || !isManifest(value) {
-		t := &transferJSON{Bytes: int64(len(value))}
-		return t, c.writeTo(to, 0o644, func(w io.Writer) error {
-			_, err := w.Write(value)
-			return err
-		})
-	}
-	m, err := decodeManifest(value)
-	if err != nil {
-		return nil, err
-	}
-	t := &transferJSON{}
-	for _, e := range m.Files {
-		t.Bytes += e.Size
-		t.Chunks += len(e.Chunks)
-	}
-	bar := c.progress(t.Bytes, "retrieving")
+	bar := c.progress(size, "retrieving")
 	defer bar.Close()
-	content := func(e *manifestEntry) func(io.Writer) error {
-		return func(w io.Writer) error {
-			return readChunks(ctx, kv, e, func(b []byte) error {
-				_, err := w.Write(b)
-				bar.Add(len(b))
-				return err
-			})
-		}
+	t := &transferJSON{}
+	retrieve := func(w io.Writer) (err error) {
+		t.Bytes, err = v.RetrieveTo(ctx, key, io.MultiWriter(w, bar))
+		return err
 	}
-	if !m.Tree {
-		e := &m.Files[0]
-		return t, c.writeTo(to, fs.FileMode(e.Mode), content(e))
+	if !extract {
+		return t, c.writeTo(to, retrieve)
 	}
-	if to == "-" {
-		return nil, usageError{errors.New("the key holds a directory: name one to restore it into")}
+	r, w := io.Pipe()
+	done := make(chan error, 1)
+	go func() {
+		var err error
+		t.Files, err = extractTree(to, r)
+		r.CloseWithError(err)
+		done <- err
+	}()
+	err = retrieve(w)
+	w.CloseWithError(err)
+	if e := <-done; e != nil {
+		err = e
 	}
-	t.Files = len(m.Files)
-	return t, restore(to, m, content)
-}
-
-// retrieve reads a whole value, whatever its size.
-func retrieve(ctx context.Context, kv *host.KV, key []byte) ([]byte, error) {
-	size, err := kv.Retrieve(ctx, key, nil)
-	for err == nil {
-		buf := make([]byte, size)
-		if size, err = kv.Retrieve(ctx, key, buf); err == nil && size <= len(buf) {
-			return buf[:size], nil
-		} // else it has grown meanwhile
-	}
-	return nil, err
+	return t, err
 }
 
 // writeTo has write fill a file, or standard output for "-".
-func (c *client) writeTo(path string, mode fs.FileMode, write func(io.Writer) error) error {
+func (c *client) writeTo(path string, write func(io.Writer) error) error {
 	if path == "-" {
 		return write(c.cmd.OutOrStdout())
 	}
 	if info, err := os.Stat(path); err == nil && !info.Mode().IsRegular() {
 		if info.IsDir() {
-			return fmt.Errorf("%s is a directory: name a file in it", path)
+			return fmt.Errorf("%s is a directory: name a file in it, or restore a directory into it with --extract", path)
 		}
 		f, err := os.OpenFile(path, os.O_WRONLY, 0) // a device or pipe
 		if err != nil {
@@ -131,7 +110,7 @@ func (c *client) writeTo(path string, mode fs.FileMode, write func(io.Writer) er
 		return err
 	}
 	defer root.Close()
-	return writeFile(root, filepath.Base(path), mode, write)
+	return writeFile(root, filepath.Base(path), 0o644, write)
 }
 
 // writeFile has write fill a new file, which takes its name only when it is complete.
@@ -158,41 +137,4 @@ func writeFile(root *os.Root, name string, mode fs.FileMode, write func(io.Write
 		root.Remove(part)
 	}
 	return err
-}
-
-// restore writes a tree into dir, which is made if it is not there. Nothing is written outside it.
-func restore(dir string, m *manifest, content func(*manifestEntry) func(io.Writer) error) error {
-	if err := os.MkdirAll(dir, 0o777); err != nil {
-		return err
-	}
-	root, err := os.OpenRoot(dir)
-	if err != nil {
-		return err
-	}
-	defer root.Close()
-	for i := range m.Files {
-		e := &m.Files[i]
-		name := filepath.FromSlash(e.Path)
-		switch {
-		case e.Dir:
-			err = root.MkdirAll(name, 0o777)
-		case e.Link != "":
-			if err = root.Remove(name); err == nil || errors.Is(err, fs.ErrNotExist) {
-				err = root.Symlink(e.Link, name)
-			}
-		default:
-			err = writeFile(root, name, fs.FileMode(e.Mode), content(e))
-		}
-		if err != nil {
-			return err
-		}
-	}
-	for i := len(m.Files) - 1; i >= 0; i-- { // last, since a directory may be read-only
-		if e := &m.Files[i]; e.Dir {
-			if err := root.Chmod(filepath.FromSlash(e.Path), fs.FileMode(e.Mode)); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
 }

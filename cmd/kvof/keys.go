@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -16,26 +17,24 @@ func newExistCommand() *cobra.Command {
 	return newKeysCommand(&cobra.Command{
 		Use:   "exist KEY...",
 		Short: "Tell whether keys are present; exit status 1 when one is absent",
-	}, "exists", func(ctx context.Context, kv *host.KV, key []byte) (bool, error) { return kv.Exist(ctx, key) })
+	}, "exists", func(ctx context.Context, v *host.Values, key []byte) (bool, error) { return v.Exist(ctx, key) })
 }
 
 func newDeleteCommand() *cobra.Command {
 	return newKeysCommand(&cobra.Command{
 		Use:   "delete KEY...",
 		Short: "Delete keys; exit status 1 when one is absent",
-		Long: "Delete keys; exit status 1 when one is absent. Deleting the manifest of a large file or a directory leaves its\n" +
-			"chunks, which other manifests may share.",
-	}, "deleted", func(ctx context.Context, kv *host.KV, key []byte) (bool, error) {
-		ok, err := kv.Exist(ctx, key) // the target need not tell, when deleting (EDNEK)
+	}, "deleted", func(ctx context.Context, v *host.Values, key []byte) (bool, error) {
+		ok, err := v.Exist(ctx, key) // the target need not tell, when deleting (EDNEK)
 		if !ok || err != nil {
 			return false, err
 		}
-		return true, kv.Delete(ctx, key)
+		return true, v.Delete(ctx, key)
 	})
 }
 
 // newKeysCommand makes a command that does something with each key, which the result word says.
-func newKeysCommand(cmd *cobra.Command, word string, do func(context.Context, *host.KV, []byte) (bool, error)) *cobra.Command {
+func newKeysCommand(cmd *cobra.Command, word string, do func(context.Context, *host.Values, []byte) (bool, error)) *cobra.Command {
 	type result struct {
 		keyJSON
 		Result string `json:"result"`
@@ -49,12 +48,12 @@ func newKeysCommand(cmd *cobra.Command, word string, do func(context.Context, *h
 		if err != nil {
 			return err
 		}
-		return c.withKV(func(ctx context.Context, kv *host.KV) error {
+		return c.withValues(0, func(ctx context.Context, v *host.Values) error {
 			var all []result
 			var text strings.Builder
 			absent := false
 			for i, key := range keys {
-				ok, err := do(ctx, kv, key)
+				ok, err := do(ctx, v, key)
 				if err != nil {
 					return storeError(key, err)
 				}
@@ -72,6 +71,36 @@ func newKeysCommand(cmd *cobra.Command, word string, do func(context.Context, *h
 				return errReported
 			}
 			return nil
+		})
+	}
+	return cmd
+}
+
+func newSweepCommand() *cobra.Command {
+	var age time.Duration
+	cmd := &cobra.Command{
+		Use:   "sweep",
+		Short: "Delete parts that belong to no value",
+		Long: "Delete parts of split values that writers left when they died, or when two of them replaced the same value at the same\n" +
+			"time. It lists all keys.",
+		Args: cobra.NoArgs,
+	}
+	cmd.Flags().DurationVar(&age, "older-than", 24*time.Hour, "leave younger ones alone: longer than any put takes")
+	c := newClient(cmd, "queue-depth", defaultQueueDepth)
+	cmd.RunE = func(*cobra.Command, []string) error {
+		return c.withValues(0, func(ctx context.Context, v *host.Values) error {
+			s, err := v.Sweep(ctx, age)
+			if err != nil {
+				return err
+			}
+			type result struct {
+				Live    int `json:"live"`
+				Young   int `json:"young"`
+				Unknown int `json:"unknown"`
+				Deleted int `json:"deleted"`
+				Parts   int `json:"parts"`
+			}
+			return c.print(result(s), "%d split values, deleted %d parts of %d others; %d are too young, %d unknown\n", s.Live, s.Parts, s.Deleted, s.Young, s.Unknown)
 		})
 	}
 	return cmd

@@ -16,12 +16,12 @@ import (
 func newListCommand() *cobra.Command {
 	type entry struct {
 		keyJSON
-		Size *int `json:"size,omitempty"`
+		Size *int64 `json:"size,omitempty"`
 	}
 	var kf keyFlags
 	var from string
 	var limit int
-	var sizes bool
+	var sizes, all bool
 	cmd := &cobra.Command{
 		Use:   "list",
 		Short: "List keys, printable ones as text and others in hexadecimal",
@@ -31,6 +31,7 @@ func newListCommand() *cobra.Command {
 	cmd.Flags().StringVar(&from, "from", "", "start at this `KEY`, or where it would be")
 	cmd.Flags().IntVar(&limit, "limit", 0, "at most this many keys; 0 = all")
 	cmd.Flags().BoolVar(&sizes, "sizes", false, "also show the size of each value in bytes")
+	cmd.Flags().BoolVar(&all, "all", false, "also list the parts of split values, and show the sizes of what keys themselves hold")
 	c := newClient(cmd, "queue-depth", defaultQueueDepth)
 	cmd.RunE = func(*cobra.Command, []string) error {
 		var first []byte
@@ -40,18 +41,26 @@ func newListCommand() *cobra.Command {
 				return err
 			}
 		}
-		return c.withKV(func(ctx context.Context, kv *host.KV) error {
+		return c.withValues(0, func(ctx context.Context, v *host.Values) error {
+			list, sizeOf := v.List, v.Size
+			if all {
+				list = v.KV().List
+				sizeOf = func(ctx context.Context, key []byte) (int64, error) {
+					n, err := v.KV().Retrieve(ctx, key, nil)
+					return int64(n), err
+				}
+			}
 			out := bufio.NewWriter(cmd.OutOrStdout())
-			all := []entry{}
+			entries := []entry{}
 			n := 0
-			for key, err := range kv.List(ctx, first) {
+			for key, err := range list(ctx, first) {
 				if err != nil {
 					return err
 				}
 				key = bytes.Clone(key)
 				e := entry{keyJSON: newKeyJSON(key)}
 				if sizes {
-					size, err := kv.Retrieve(ctx, key, nil)
+					size, err := sizeOf(ctx, key)
 					if errors.Is(err, nvmeof.KeyDoesNotExist) {
 						continue // deleted meanwhile
 					}
@@ -62,7 +71,7 @@ func newListCommand() *cobra.Command {
 				}
 				switch {
 				case c.json:
-					all = append(all, e)
+					entries = append(entries, e)
 				case sizes:
 					fmt.Fprintf(out, "%s\t%d\n", e.Key, *e.Size)
 				default:
@@ -73,7 +82,7 @@ func newListCommand() *cobra.Command {
 				}
 			}
 			if c.json {
-				return c.print(all, "")
+				return c.print(entries, "")
 			}
 			return out.Flush()
 		})

@@ -87,6 +87,7 @@ func newRootCommand() *cobra.Command {
 		newExistCommand(),
 		newListCommand(),
 		newDeleteCommand(),
+		newSweepCommand(),
 		newBenchCommand(),
 	)
 	return root
