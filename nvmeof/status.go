@@ -28,6 +28,7 @@ const (
 	SGLOffsetInvalid     Status = 0x16 // SGL Offset Invalid (in-capsule data)
 	KeepAliveInvalid     Status = 0x1A // Keep Alive Timeout Invalid
 	WriteProtected       Status = 0x20 // Namespace is Write Protected
+	CommandInterrupted   Status = 0x21
 	TransientTransport   Status = 0x22
 	LBAOutOfRange        Status = 0x80
 	CapacityExceeded     Status = 0x81
@@ -71,7 +72,7 @@ var statusText = map[Status]string{
 	InvalidSGLCount: "invalid number of SGL descriptors", DataSGLLength: "data SGL length invalid",
 	SGLTypeInvalid: "SGL descriptor type invalid", SGLOffsetInvalid: "SGL offset invalid",
 	KeepAliveInvalid: "keep alive timeout invalid", WriteProtected: "namespace is write protected",
-	TransientTransport: "transient transport error", InvalidCommandSet: "invalid I/O command set",
+	CommandInterrupted: "command interrupted", TransientTransport: "transient transport error", InvalidCommandSet: "invalid I/O command set",
 	LBAOutOfRange: "LBA out of range", CapacityExceeded: "capacity exceeded", NamespaceNotReady: "namespace not ready",
 	InvalidValueSize: "invalid value size", InvalidKeySize: "invalid key size", KeyDoesNotExist: "key does not exist",
 	UnrecoveredError: "unrecovered error", KeyExists: "key exists",

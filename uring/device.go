@@ -6,6 +6,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kvof/kvof/nvmeof"
 )
 
 // Errors to test for with errors.Is. The error found carries a line for a
@@ -63,6 +65,7 @@ type Op struct {
 	pos    int64  // bytes that commands were started for
 	parts  int32  // commands in flight
 	manual bool   // a Zero done by writing zeroes
+	alone  bool   // shares no command with another
 	busy   bool
 }
 
@@ -81,7 +84,8 @@ func (o *Op) Do(d Device) error {
 
 // Wait returns o's result once it has completed: exactly once per Submit. A
 // nil error means the whole of Data or Len. Errors wrap ErrMedia, ErrNoSpace,
-// ErrInvalid or ErrClosed, and the errno where the kernel gave one.
+// ErrInvalid, ErrGone or ErrClosed, and the errno where the kernel gave one, or
+// the nvmeof.Status where a drive did.
 func (o *Op) Wait() error {
 	<-o.done
 	o.busy = false
@@ -97,7 +101,7 @@ func (o *Op) Begin() {
 	if o.done == nil {
 		o.done = make(chan struct{}, 1)
 	}
-	o.busy, o.err, o.next, o.pos, o.parts, o.manual = true, nil, nil, 0, 0, false
+	o.busy, o.err, o.next, o.pos, o.parts, o.manual, o.alone = true, nil, nil, 0, 0, false, false
 }
 
 // Complete ends o with err. Only implementations of Device call it, once after
@@ -120,18 +124,20 @@ func (o *Op) size() int64 {
 }
 
 // check refuses what lies outside the device or off its alignment, and kinds
-// above the given one.
-func (o *Op) check(size, align int64, kinds OpKind) error {
+// of ops that the device does not know.
+func (o *Op) check(size, align int64, kinds kindSet) error {
 	n, mem := o.size(), int64(0)
 	if o.Kind.transfers() {
 		mem = int64(address(o.Data))
 	}
 	switch {
-	case o.Kind > kinds:
+	case !kinds.has(o.Kind):
 		return fmt.Errorf("uring: %w: no operation %d", ErrInvalid, o.Kind)
 	case o.Kind != OpFlush && (o.Off < 0 || n < 0 || o.Off > size || n > size-o.Off):
 		return fmt.Errorf("uring: %w: %v of %d bytes at %d on a device of %d", ErrInvalid, o.Kind, n, o.Off, size)
 	case o.Kind == OpFlush:
+	case o.Kind == OpCopy && (len(o.Data) == 0 || len(o.Data)%copyDescSize != 0 || len(o.Data) > 256*copyDescSize):
+		return fmt.Errorf("uring: %w: %d bytes are no source ranges of a copy", ErrInvalid, len(o.Data))
 	case (mem|n|o.Off)&(align-1) != 0:
 		return fmt.Errorf("uring: %w: %v of %d bytes at %d is not aligned to %d, or its memory is not", ErrInvalid, o.Kind, n, o.Off, align)
 	}
@@ -178,34 +184,59 @@ type DeviceInfo struct {
 	ReclaimUnit int64 `json:"reclaim_unit,omitempty"` // bytes that the drive erases together, where it says so
 }
 
-// opError is an Op's failure in the kernel.
+// opError is an Op's failure.
 type opError struct {
 	kind  OpKind
 	path  string
 	off   int64
-	errno syscall.Errno
+	cause error // the kernel's errno, or the drive's nvmeof.Status
 	class error // or nil
 }
 
-func newOpError(o *Op, off int64, path string, errno syscall.Errno) error {
-	e := &opError{kind: o.Kind, path: path, off: off, errno: errno}
-	switch errno {
-	case unix.EIO, unix.ENODATA, unix.EILSEQ, unix.EREMOTEIO, unix.ENXIO, unix.ENODEV, unix.ETIMEDOUT, unix.ENOLINK, unix.EBADE, unix.EUCLEAN:
-		e.class = ErrMedia
-	case unix.ENOSPC, unix.EDQUOT, unix.EFBIG:
-		e.class = ErrNoSpace
-	case unix.EINVAL, unix.EFAULT:
-		e.class = ErrInvalid
+func newOpError(o *Op, off int64, path string, cause error) error {
+	e := &opError{kind: o.Kind, path: path, off: off, cause: cause}
+	switch c := cause.(type) {
+	case syscall.Errno:
+		e.class = errnoClass(c)
+	case nvmeof.Status:
+		e.class = statusClass(c)
 	}
 	return e
 }
 
+func errnoClass(errno syscall.Errno) error {
+	switch errno {
+	case unix.EIO, unix.ENODATA, unix.EILSEQ, unix.EREMOTEIO, unix.ENXIO, unix.ENODEV, unix.ETIMEDOUT, unix.ENOLINK, unix.EBADE, unix.EUCLEAN:
+		return ErrMedia
+	case unix.ENOSPC, unix.EDQUOT, unix.EFBIG:
+		return ErrNoSpace
+	case unix.EINVAL, unix.EFAULT:
+		return ErrInvalid
+	}
+	return nil
+}
+
+func statusClass(st nvmeof.Status) error {
+	switch st = st.Code(); {
+	case st == nvmeof.CompareFailure:
+		return nil
+	case st>>8 == 2, st == nvmeof.InternalError, st == nvmeof.DataTransferError, st == nvmeof.WriteProtected:
+		return ErrMedia
+	case st == nvmeof.CapacityExceeded:
+		return ErrNoSpace
+	case st == nvmeof.InvalidOpcode, st == nvmeof.InvalidField, st == nvmeof.InvalidNamespace, st == nvmeof.LBAOutOfRange:
+		return ErrInvalid
+	}
+	return nil
+}
+
 func (e *opError) Error() string {
-	s := fmt.Sprintf("uring: %v at byte %d of %s: %v", e.kind, e.off, e.path, e.errno)
-	switch e.class {
-	case ErrMedia:
+	s := fmt.Sprintf("uring: %v at byte %d of %s: %v", e.kind, e.off, e.path, e.cause)
+	_, drive := e.cause.(nvmeof.Status)
+	switch {
+	case e.class == ErrMedia:
 		s = "media error: " + s + "; check the drive (dmesg, smartctl)"
-	case ErrNoSpace:
+	case e.class == ErrNoSpace && !drive:
 		s += "; free space on its file system"
 	}
 	return s
@@ -213,7 +244,7 @@ func (e *opError) Error() string {
 
 func (e *opError) Unwrap() []error {
 	if e.class == nil {
-		return []error{e.errno}
+		return []error{e.cause}
 	}
-	return []error{e.errno, e.class}
+	return []error{e.cause, e.class}
 }

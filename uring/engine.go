@@ -27,7 +27,8 @@ type engine struct {
 	path   string
 	size   int64 // of the device, bytes
 	align  int64
-	kinds  OpKind // the last it knows
+	kinds  kindSet // that it knows
+	skips  kindSet // that need nothing done
 	driver driver
 	ring   queues
 	polled bool // completions are found by asking, not announced
@@ -47,14 +48,32 @@ type engine struct {
 	down       error // what every op ends with for now, or nil
 }
 
+// kindSet has a bit for each OpKind.
+type kindSet uint16
+
+func kindsOf(ks ...OpKind) (s kindSet) {
+	for _, k := range ks {
+		s |= 1 << k
+	}
+	return s
+}
+
+func (s kindSet) has(k OpKind) bool { return k <= OpCopy && s>>k&1 != 0 }
+
+// fileKinds are what files and memory do.
+var fileKinds = kindsOf(OpRead, OpWrite, OpFlush, OpDiscard, OpZero)
+
 // slot is one command.
 type slot struct {
 	op     *Op   // the first of the ops that it is for, linked by next
-	ops    int   // how many
-	pos, n int64 // the bytes of op it is for: n from pos on; of further ops all
+	ops    int   // how many; if several, whole ones
+	pos, n int64 // the bytes of op it is for: n from pos on
+	total  int64 // bytes of all its ops
 	moved  int64 // of these, done
+	now    int64 // of these, on their way
 	retry  uint8
-	plain  bool  // not by a registered buffer
+	fixed  bool  // by a registered buffer
+	plain  bool  // never by one
 	err    error // once it has ended
 }
 
@@ -63,7 +82,7 @@ type slot struct {
 type driver interface {
 	// part is how many bytes of o, from o.pos on, one command takes.
 	part(o *Op) int64
-	// joins tells whether s, whose ops are complete in it, takes all of o too.
+	// joins tells whether s, which has whole ops, takes o too.
 	joins(s *slot, o *Op) bool
 	// prepare describes to the kernel what of s is still to do. e is cleared.
 	prepare(e *giouring.SubmissionQueueEntry, i uint32, s *slot)
@@ -78,6 +97,7 @@ const (
 	ended  verdict = iota // with s.err
 	repeat                // submit what is left
 	wait                  // do so after a pause
+	apart                 // do its ops again, each alone
 	given                 // its one op runs elsewhere
 )
 
@@ -145,7 +165,7 @@ func (g *engine) Submit(ops ...*Op) {
 			o.Complete(ErrClosed)
 		} else if err := o.check(g.size, g.align, g.kinds); err != nil {
 			o.Complete(err)
-		} else if o.size() == 0 && o.Kind != OpFlush && o.Kind != OpCopy {
+		} else if g.skips.has(o.Kind) || o.size() == 0 && o.Kind != OpFlush && o.Kind != OpCopy {
 			o.Complete(nil)
 		} else if g.down != nil {
 			o.Complete(g.down)
@@ -224,16 +244,20 @@ func (g *engine) fill() bool {
 func (g *engine) begin(s *slot) {
 	o := g.pending.head
 	n := g.driver.part(o)
-	*s = slot{op: o, ops: 1, pos: o.pos, n: n}
+	*s = slot{op: o, ops: 1, pos: o.pos, n: n, total: n}
 	o.pos += n
 	o.parts++
 	if o.pos < o.size() {
 		return
 	}
 	g.pending.pop()
-	for last := o; g.pending.head != nil && g.driver.joins(s, g.pending.head); s.ops++ {
+	if s.pos > 0 || o.alone {
+		return
+	}
+	for last := o; g.pending.head != nil && !g.pending.head.alone && g.driver.joins(s, g.pending.head); s.ops++ {
 		o = g.pending.pop()
 		o.pos, o.parts = o.size(), 1
+		s.total += o.pos
 		last.next, last = o, o
 	}
 }
@@ -279,6 +303,16 @@ func (g *engine) take(c completion, done *queue) {
 		g.finish(c.slot, done)
 	case v == repeat:
 		g.again = append(g.again, c.slot)
+	case v == apart:
+		o := s.op
+		for range s.ops {
+			next := o.next
+			o.pos, o.parts, o.alone = 0, 0, true
+			g.pending.push(o)
+			o = next
+		}
+		*s = slot{}
+		g.free = append(g.free, c.slot)
 	case v == wait:
 		g.elsewhere++
 		time.AfterFunc(pause, func() {
@@ -463,12 +497,12 @@ func (p *pins) wait() { p.running.Wait() }
 
 // describe fills in what all engines know of themselves.
 func (g *engine) describe(i DeviceInfo) DeviceInfo {
-	i.Path, i.Size, i.BlockSize, i.Registered, i.Depth = g.path, g.size, int(g.align), g.pinned.bytes.Load(), len(g.slots)
+	g.mu.Lock()
+	i.Path = g.path
+	g.mu.Unlock()
+	i.Size, i.BlockSize, i.Registered, i.Depth = g.size, int(g.align), g.pinned.bytes.Load(), len(g.slots)
 	if w := g.pinned.warning.Load(); w != nil {
 		i.Warnings = append(i.Warnings, *w)
 	}
-	g.mu.Lock()
-	i.Gone = g.down != nil
-	g.mu.Unlock()
 	return i
 }

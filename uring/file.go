@@ -44,7 +44,7 @@ type file struct {
 // device is locked (flock, and O_EXCL on a block device) against a second
 // server: ErrInUse. Without io_uring: ErrUnavailable.
 func OpenFile(path string, o FileOptions) (Device, error) {
-	d := &file{engine: engine{path: path, kinds: OpZero, arena: o.Arena}}
+	d := &file{engine: engine{path: path, kinds: fileKinds, arena: o.Arena}}
 	err := d.open(o.Size)
 	depth := roundDepth(o.Depth)
 	var r *ring

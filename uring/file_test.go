@@ -52,7 +52,7 @@ func TestRefused(t *testing.T) {
 			{"zero of a negative length", Op{Kind: OpZero, Len: -4096}, false},
 			{"discard past the end", Op{Kind: OpDiscard, Off: 4096, Len: size}, false},
 			{"discard of too much", Op{Kind: OpDiscard, Off: 4096, Len: 1<<63 - 1}, false},
-			{"unknown", Op{Kind: OpZero + 1}, false},
+			{"unknown", Op{Kind: OpCopy + 1}, false},
 			{"odd offset", Op{Off: 1, Data: page}, bs == 1},
 			{"odd length", Op{Kind: OpWrite, Data: page[:100]}, bs == 1},
 			{"odd memory", Op{Data: b.Data[1:4097]}, bs == 1},
@@ -474,6 +474,9 @@ func TestRegistered(t *testing.T) {
 
 func TestOpAllocs(t *testing.T) {
 	devices(t, func(t *testing.T, d Device, a *Arena) {
+		if _, ok := d.(*NVMe); ok {
+			t.Skip("the pretended drive allocates")
+		}
 		b := a.Get(4096)
 		defer b.Put()
 		var o Op

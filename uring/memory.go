@@ -46,7 +46,7 @@ func (d *memory) do(o *Op) error {
 	if d.closed {
 		return ErrClosed
 	}
-	if err := o.check(d.size, 1, OpZero); err != nil {
+	if err := o.check(d.size, 1, fileKinds); err != nil {
 		return err
 	}
 	if o.Kind == OpFlush {

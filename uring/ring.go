@@ -38,6 +38,9 @@ type queues interface {
 	reserve(n int) error
 	// register pins b, at most 1 GiB, as registered buffer i.
 	register(i int, b []byte) error
+	// registerFile makes fd the one registered file; with update, in the place
+	// of the one before. -1 is no file.
+	registerFile(fd int, update bool) error
 	// close frees all; nothing is in flight.
 	close()
 }
@@ -181,8 +184,6 @@ func (r *ring) register(i int, b []byte) error {
 	return err
 }
 
-// registerFile makes fd the ring's one registered file; with update, in the
-// place of the one before.
 func (r *ring) registerFile(fd int, update bool) error {
 	fds := &[1]int32{int32(fd)}
 	var pin runtime.Pinner

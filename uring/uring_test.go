@@ -43,6 +43,12 @@ func devices(t *testing.T, f func(t *testing.T, d Device, a *Arena)) {
 			t.Cleanup(func() { os.RemoveAll(dir) })
 			return OpenFile(filepath.Join(dir, "store"), FileOptions{Size: testSize})
 		},
+		"nvme512": func(t *testing.T, a *Arena) (Device, error) {
+			return newFakeDrive(t, 512).open(t, NVMeOptions{Arena: a}), nil
+		},
+		"nvme4096": func(t *testing.T, a *Arena) (Device, error) {
+			return newFakeDrive(t, 4096).open(t, NVMeOptions{Depth: 4}), nil
+		},
 		"block": func(t *testing.T, a *Arena) (Device, error) {
 			return OpenFile(loopDevice(t, testSize), FileOptions{Arena: a})
 		},
@@ -100,7 +106,7 @@ func TestModel(t *testing.T) {
 						}
 					}
 				case OpDiscard, OpZero:
-					clear(at) // files and loop devices discard to zeroes
+					clear(at) // files, loop devices and our drive discard to zeroes
 				}
 				batch, want = append(batch, o), append(want, at)
 			}

@@ -3,7 +3,6 @@ package uringtest
 import (
 	"math/rand/v2"
 	"sync"
-	"time"
 
 	"github.com/kvof/kvof/uring"
 )
@@ -14,10 +13,10 @@ type Rates struct {
 	ReadError  float64 // half of them stay until the place is written again
 	WriteError float64 // of the data, none or a part is written
 	FlushError float64
-	ReadFlip   float64       // a read returns a wrong bit, this once
-	WriteFlip  float64       // a write leaves a wrong bit
-	Space      int64         // bytes that a thin device beneath has, for blocks written for the first time; 0: all
-	Latency    time.Duration // most that an op takes, to which a nanosecond or more is added; 0: ops are carried out at once
+	ReadFlip   float64 // a read returns a wrong bit, this once
+	WriteFlip  float64 // a write leaves a wrong bit
+	Space      int64   // bytes that a thin device beneath has, for blocks written for the first time; 0: all
+	Late       int     // most ops that may overtake one submitted before them
 }
 
 // Plan decides on faults by chance. What happens to an op depends on the seed,
@@ -78,9 +77,7 @@ func (p *Plan) Fault(o *uring.Op) (f Fault) {
 	p.nth[at]++
 	rnd := rand.New(rand.NewPCG(p.seed^uint64(at.off)<<3^uint64(at.kind), p.nth[at]))
 	chance := func(part float64) bool { return rnd.Float64() < part }
-	if p.rates.Latency > 0 {
-		f.Delay = 1 + time.Duration(rnd.Int64N(int64(p.rates.Latency)))
-	}
+	f.Late = rnd.IntN(p.rates.Late + 1)
 	first, end := o.Off/block, (o.Off+int64(len(o.Data))+block-1)/block
 	n := max(1, len(o.Data))
 	flip := func(b []byte) { b[rnd.IntN(len(b))] ^= 1 << rnd.IntN(8) } // called at most once, later
@@ -102,7 +99,7 @@ func (p *Plan) Fault(o *uring.Op) (f Fault) {
 		}
 	case uring.OpWrite:
 		if chance(p.rates.WriteError) {
-			f = Fault{Err: uring.ErrMedia, Torn: true, Keep: int64(rnd.IntN(n)), Delay: f.Delay}
+			f = Fault{Err: uring.ErrMedia, Torn: true, Keep: int64(rnd.IntN(n)), Late: f.Late}
 		} else if chance(p.rates.WriteFlip) {
 			f.Corrupt = flip
 			p.done.Flips++
@@ -113,7 +110,7 @@ func (p *Plan) Fault(o *uring.Op) (f Fault) {
 				continue
 			}
 			if p.rates.Space > 0 && int64(len(p.used)+1)*block > p.rates.Space {
-				f = Fault{Err: uring.ErrNoSpace, Torn: true, Keep: (b - first) * block, Delay: f.Delay}
+				f = Fault{Err: uring.ErrNoSpace, Torn: true, Keep: (b - first) * block, Late: f.Late}
 				break
 			}
 			p.used[b] = true

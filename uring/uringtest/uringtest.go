@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"sync"
 	"time"
@@ -25,22 +26,26 @@ type Fault struct {
 	Torn    bool            // a write: only its first Keep bytes reach the device, and then Err, or success, is reported
 	Keep    int64           // bytes; 0 loses the write whole
 	Corrupt func(b []byte)  // changes what a write stores, or what a read returns
-	Delay   time.Duration   // before the op is carried out
-	Hold    <-chan struct{} // the op is carried out once this is closed
+	Late    int             // ops submitted later that may overtake it
+	Delay   time.Duration   // before the op is carried out, or, with Hold,
+	Hold    <-chan struct{} // once this is closed; others do not wait for it
 }
 
-// Device passes ops to another device, as its hook allows. Ops in flight
-// together are carried out in any order, as on a drive. It has no View, so that
-// its user does all through ops; it reports blocks of 4096 bytes over memory,
-// and refuses ops that are not aligned to them, so that the user keeps to what
-// drives take.
+// Device passes ops to another device, as its hook allows, one at a time in a
+// goroutine that lets others run first, so that there are several in flight to
+// choose from. It has no View, so that its user does all through ops; it
+// reports blocks of 4096 bytes over memory, and refuses ops that are not aligned
+// to them, so that the user keeps to what drives take.
 type Device struct {
 	uring.Device
 	hook    func(*uring.Op) Fault
 	running sync.WaitGroup
 
 	mu     sync.Mutex
-	life   int // counts Restarts: an op ends in the life in which it began
+	queue  []flight
+	count  int  // of ops queued
+	busy   bool // the goroutine runs
+	life   int  // counts Restarts: an op ends in the life in which it began
 	off    bool
 	cut    int // writes to carry out until the cut, this one torn; 0: none is planned
 	power  bool
@@ -48,6 +53,16 @@ type Device struct {
 	flying []*write   // submitted
 	cache  []*write   // carried out since the last flush
 	seq    uint64     // of the newest in cache
+}
+
+// flight is an op in flight.
+type flight struct {
+	op    *uring.Op
+	fault Fault
+	turn  int    // the lowest is next
+	w     *write // or nil
+	life  int
+	seq   uint64 // of the newest write that had completed
 }
 
 // write is a write that a cut may undo.
@@ -131,20 +146,56 @@ func (d *Device) Submit(ops ...*uring.Op) {
 			continue
 		}
 		d.mu.Lock()
-		life, seq := d.life, d.seq
-		var w *write
+		d.count++
+		fl := flight{op: o, fault: f, turn: d.count + f.Late, life: d.life, seq: d.seq}
 		switch {
 		case d.off:
 		case o.Kind == uring.OpWrite:
-			w = &write{off: o.Off, new: o.Data}
+			fl.w = &write{off: o.Off, new: o.Data}
 		case d.rnd != nil && (o.Kind == uring.OpDiscard || o.Kind == uring.OpZero):
-			w = &write{off: o.Off, new: make([]byte, o.Len)}
+			fl.w = &write{off: o.Off, new: make([]byte, o.Len)}
 		}
-		if w != nil {
-			d.flying = append(d.flying, w)
+		if fl.w != nil {
+			d.flying = append(d.flying, fl.w)
+		}
+		if f.Delay > 0 || f.Hold != nil {
+			d.running.Go(func() {
+				time.Sleep(f.Delay)
+				if f.Hold != nil {
+					<-f.Hold
+				}
+				o.Complete(d.do(&fl))
+			})
+		} else if d.queue = append(d.queue, fl); !d.busy {
+			d.busy = true
+			d.running.Go(d.run)
 		}
 		d.mu.Unlock()
-		d.running.Go(func() { o.Complete(d.do(o, f, w, life, seq)) })
+	}
+}
+
+// run carries out what is queued.
+func (d *Device) run() {
+	for {
+		for range 4 {
+			runtime.Gosched() // whoever can, submits more
+		}
+		d.mu.Lock()
+		next := 0
+		for i := range d.queue {
+			if d.queue[i].turn < d.queue[next].turn {
+				next = i
+			}
+		}
+		if len(d.queue) == 0 {
+			d.busy = false
+			d.mu.Unlock()
+			return
+		}
+		fl := d.queue[next]
+		d.queue = slices.Delete(d.queue, next, next+1)
+		d.mu.Unlock()
+		fl.op.Complete(d.do(&fl))
 	}
 }
 
@@ -154,26 +205,20 @@ func (d *Device) Close() error {
 	return d.Device.Close()
 }
 
-// do carries out o, which was submitted in a life, after the write seq.
-func (d *Device) do(o *uring.Op, f Fault, w *write, life int, seq uint64) error {
-	if f.Delay > 0 {
-		time.Sleep(f.Delay)
-	}
-	if f.Hold != nil {
-		<-f.Hold
-	}
+func (d *Device) do(fl *flight) error {
+	o, f := fl.op, &fl.fault
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.off || d.life != life {
+	if d.off || d.life != fl.life {
 		return ErrOff
 	}
 	switch {
-	case w != nil:
-		return d.write(w, f)
+	case fl.w != nil:
+		return d.write(fl.w, f)
 	case f.Err != nil:
 		return f.Err
 	case o.Kind == uring.OpFlush:
-		d.cache = slices.DeleteFunc(d.cache, func(w *write) bool { return w.seq <= seq })
+		d.cache = slices.DeleteFunc(d.cache, func(w *write) bool { return w.seq <= fl.seq })
 	}
 	in := uring.Op{Kind: o.Kind, Off: o.Off, Len: o.Len, Data: o.Data}
 	if err := in.Do(d.Device); err != nil {
@@ -185,7 +230,7 @@ func (d *Device) do(o *uring.Op, f Fault, w *write, life int, seq uint64) error 
 	return nil
 }
 
-func (d *Device) write(w *write, f Fault) error {
+func (d *Device) write(w *write, f *Fault) error {
 	if d.cut > 0 {
 		if d.cut--; d.cut == 0 {
 			d.end()

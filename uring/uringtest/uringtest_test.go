@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"slices"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/kvof/kvof/uring"
@@ -208,42 +207,71 @@ func TestCut(t *testing.T) {
 
 // TestPlan runs the same ops twice, in another order, and finds the same faults.
 func TestPlan(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		run := func(seed uint64, backwards bool) (string, Count) {
-			mem := memory(t, 64*block)
-			p := NewPlan(seed)
-			p.Set(Rates{ReadError: 0.1, WriteError: 0.1, FlushError: 0.1, ReadFlip: 0.1, WriteFlip: 0.1, Space: 60 * block, Latency: time.Millisecond})
-			d := Wrap(mem, p.Fault)
-			var ops []*uring.Op
-			for i := range 60 {
-				ops = append(ops, &uring.Op{Kind: []uring.OpKind{uring.OpWrite, uring.OpRead}[i%2], Off: int64(i/2) * block, Data: make([]byte, block)})
-			}
-			if backwards {
-				slices.Reverse(ops)
-			}
-			for range 3 {
-				d.Submit(ops...)
-				for _, o := range ops {
-					_ = o.Wait()
-				}
-			}
-			left := fmt.Sprintf("%x", mem.View(0, 64*block))
-			if err := d.Close(); err != nil {
-				t.Fatal(err)
-			}
-			return left, p.Count()
+	run := func(seed uint64, backwards bool) (string, Count) {
+		mem := memory(t, 64*block)
+		p := NewPlan(seed)
+		p.Set(Rates{ReadError: 0.1, WriteError: 0.1, FlushError: 0.1, ReadFlip: 0.1, WriteFlip: 0.1, Space: 60 * block, Late: 5})
+		d := Wrap(mem, p.Fault)
+		var ops []*uring.Op
+		for i := range 60 {
+			ops = append(ops, &uring.Op{Kind: []uring.OpKind{uring.OpWrite, uring.OpRead}[i%2], Off: int64(i/2) * block, Data: make([]byte, block)})
 		}
-		one, n := run(1, false)
-		if again, m := run(1, true); again != one || n != m {
-			t.Errorf("the same seed: %v and %v faults, the same contents: %v", n, m, again == one)
+		if backwards {
+			slices.Reverse(ops)
 		}
-		if other, _ := run(2, false); other == one {
-			t.Error("another seed, the same faults")
+		for range 3 {
+			d.Submit(ops...)
+			for _, o := range ops {
+				_ = o.Wait()
+			}
 		}
-		if n.Errors < 10 || n.Flips < 5 {
-			t.Errorf("%+v", n)
+		left := fmt.Sprintf("%x", mem.View(0, 64*block))
+		if err := d.Close(); err != nil {
+			t.Fatal(err)
 		}
+		return left, p.Count()
+	}
+	one, n := run(1, false)
+	if again, m := run(1, true); again != one || n != m {
+		t.Errorf("the same seed: %v and %v faults, the same contents: %v", n, m, again == one)
+	}
+	if other, _ := run(2, false); other == one {
+		t.Error("another seed, the same faults")
+	}
+	if n.Errors < 10 || n.Flips < 5 {
+		t.Errorf("%+v", n)
+	}
+}
+
+// TestOvertaking shows that ops submitted together are carried out in another order.
+func TestOvertaking(t *testing.T) {
+	p := NewPlan(1)
+	p.Set(Rates{Late: 4})
+	var order []int64
+	d := Wrap(memory(t, 64*block), func(o *uring.Op) Fault {
+		f := p.Fault(o)
+		f.Corrupt = func([]byte) { order = append(order, o.Off/block) }
+		return f
 	})
+	defer d.Close()
+	ops := make([]*uring.Op, 30)
+	for i := range ops {
+		ops[i] = &uring.Op{Off: int64(i) * block, Data: make([]byte, block)}
+	}
+	d.Submit(ops...)
+	for _, o := range ops {
+		if err := o.Wait(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(order) != len(ops) || slices.IsSorted(order) {
+		t.Error(order)
+	}
+	for i, n := range order {
+		if n > int64(i)+8 || n < int64(i)-8 {
+			t.Errorf("place %d has op %d", i, n)
+		}
+	}
 }
 
 func TestRates(t *testing.T) {
