@@ -124,7 +124,7 @@ elif [ $transport = rdma ]; then
 fi
 [ $transport = tcp ] || discovery=$io largest=$((1 << 20))
 disks=nqn.2026-11.dev.kvof:disks   # namespace 1: KV; 2 and 3: block, with LBAs of 512 and 4096 bytes
-memory=nqn.2026-11.dev.kvof:memory # namespace 1: KV, values up to 4 MiB; 2: block
+memory=nqn.2026-11.dev.kvof:memory # namespace 1: KV, values up to 512 KiB; 2: block
 
 # configure [NSID] prints the configuration all scripts use, with one more disk on request.
 configure() {
@@ -153,8 +153,8 @@ configure() {
 		nqn = "$memory"
 		allow_any_host = true
 	END
-	namespace 1 kv memory '' 64MiB
-	echo 'max_value = "4MiB"'
+	namespace 1 kv memory '' 8MiB
+	echo 'max_value = "512KiB"'
 	namespace 2 block memory '' 256MiB 4096
 }
 

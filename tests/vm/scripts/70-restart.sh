@@ -39,8 +39,8 @@ done
 [ "$(wc -l < stored)" -ge 3 ]
 
 it 'a Store that is under way when the target is killed leaves the old value, the new one or none'
-head -c 16M /dev/urandom > old
-head -c 16M /dev/urandom > new
+head -c $largest /dev/urandom > old
+head -c $largest /dev/urandom > new
 for key in a1 a2; do
 	[ $key = a2 ] || { store $key old; answers 0; }
 	(store $key new) &
@@ -49,7 +49,7 @@ for key in a1 a2; do
 	wait $! || true
 	start_target
 	wait_for 30 live "$ctrl"
-	retrieve $key 16777216
+	retrieve $key $largest
 	case $key$sc in
 	a10) same out old || same out new ;;
 	a20) same out new ;;
