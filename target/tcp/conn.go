@@ -21,6 +21,8 @@ const (
 	// readBuffer is the receive buffer: a burst of capsules with their data. Payload of H2CData PDUs bypasses it, but
 	// for what came with the header.
 	readBuffer = 32 << 10
+	// maxRead is how many bytes of payload one read takes, at most.
+	maxRead = 128 << 10
 	// maxTransfers is how many commands of one connection may have an R2T outstanding.
 	maxTransfers = 16
 )
@@ -326,15 +328,21 @@ func (c *conn) data(p *nvmeof.PDU) error {
 	}
 	c.r += int(p.PDO)
 	for left := int(n); left > 0; {
-		b := x.r.Buffer(left)
-		if err := c.readFull(b); err != nil {
-			return err
+		// Not more than stays in the cache until it is checksummed.
+		b := x.r.Buffer(min(left, maxRead))
+		m := copy(b, c.buf[c.r:c.w])
+		c.r += m
+		if m == 0 {
+			var err error
+			if m, err = c.read(b); err != nil {
+				return err
+			}
 		}
 		if digest {
-			crc = nvmeof.Digest(crc, b)
+			crc = nvmeof.Digest(crc, b[:m])
 		}
-		x.r.Filled(len(b))
-		left -= len(b)
+		x.r.Filled(m)
+		left -= m
 	}
 	x.got += n
 	if digest {
@@ -412,20 +420,6 @@ func (c *conn) peek(n int) ([]byte, error) {
 		c.want.Store(true) // be it a part of the first eight bytes
 	}
 	return c.buf[c.r : c.r+n], nil
-}
-
-// readFull fills b, first from the buffer.
-func (c *conn) readFull(b []byte) error {
-	n := copy(b, c.buf[c.r:c.w])
-	c.r += n
-	for n < len(b) {
-		m, err := c.read(b[n:])
-		if err != nil {
-			return err
-		}
-		n += m
-	}
-	return nil
 }
 
 // read reads from the socket, having sent what has been answered.
