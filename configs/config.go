@@ -61,8 +61,10 @@ type Limits struct {
 // Transport is the way to a listener.
 type Transport string
 
-// TransportTCP is NVMe/TCP.
-const TransportTCP Transport = "tcp"
+const (
+	TransportTCP  Transport = "tcp"  // NVMe/TCP
+	TransportRDMA Transport = "rdma" // NVMe/RDMA: RoCE, iWARP or InfiniBand
+)
 
 // Listener is one I/O port. It serves discovery too.
 type Listener struct {
@@ -104,7 +106,8 @@ type DeviceKind string
 
 const (
 	DeviceFile   DeviceKind = "file"   // a regular file: sparse, created when absent
-	DeviceBlock  DeviceKind = "block"  // a block device such as /dev/nvme0n1
+	DeviceBlock  DeviceKind = "block"  // a block device such as /dev/sda
+	DeviceNVMe   DeviceKind = "nvme"   // an NVMe drive, by NVMe commands: /dev/ng0n1, /dev/nvme0n1 or a link to either
 	DeviceMemory DeviceKind = "memory" // anonymous memory: gone when the server stops
 )
 
@@ -116,8 +119,8 @@ type Namespace struct {
 	NSID     uint32        `toml:"nsid"` // 1 to FFFFFFFEh, unique in its subsystem
 	Type     NamespaceType `toml:"type"`
 	Device   DeviceKind    `toml:"device"`
-	Path     string        `toml:"path"` // of a file or block device, cleaned; relative paths start at the working directory
-	Size     Size          `toml:"size"` // bytes; 0: all of a block device
+	Path     string        `toml:"path"` // of a file, block device or drive, cleaned; relative paths start at the working directory
+	Size     Size          `toml:"size"` // bytes; 0: all of a block device or drive
 	ReadOnly bool          `toml:"read_only"`
 
 	// Identifiers that hosts keep: derived from the subsystem's NQN and the NSID when not configured.
@@ -130,7 +133,11 @@ type Namespace struct {
 	EDNEK    bool   `toml:"ednek"`     // initial Error on Delete of Non-Existent Key (feature 20h, bit 0)
 
 	// Block only.
-	LBASize Size `toml:"lba_size"` // 512 or 4096
+	LBASize Size `toml:"lba_size"` // 512 or 4096; 0: the drive's own, as a whole drive's must be
+
+	// On NVMe drives only.
+	Poll      bool   `toml:"poll"`      // look for completions instead of waiting for interrupts; needs poll queues in the kernel's driver
+	Placement uint32 `toml:"placement"` // Flexible Data Placement: the placement handle that is written to, from 1; 0: as kvof or the drive thinks best
 }
 
 // NGUID is a Namespace Globally Unique Identifier: 16 bytes in the order of the wire.

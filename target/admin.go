@@ -13,8 +13,8 @@ const (
 	revision = "1.0"
 )
 
-// InCapsule is the most data, in bytes, that a host may send in a command capsule: IOCCSZ less the command, and what
-// NVMe/TCP grants admin queues.
+// InCapsule is the most data, in bytes, that a host may send in a command capsule over NVMe/TCP: IOCCSZ less the command,
+// and what admin queues are granted.
 const InCapsule = 8 << 10
 
 // adminEffects are the admin commands for log page 05h.
@@ -61,7 +61,7 @@ func (k *Controller) identify(r *Request) {
 		return
 	}
 	b := make([]byte, nvmeof.IdentifySize)
-	st := k.identifyData(b, c.CNS(), c.NSID(), c.IdentifyCSI(), c.IdentifyCNTID())
+	st := k.identifyData(b, r.queue.port, c.CNS(), c.NSID(), c.IdentifyCSI(), c.IdentifyCNTID())
 	if st != nvmeof.Success {
 		r.fail(st)
 		return
@@ -70,10 +70,10 @@ func (k *Controller) identify(r *Request) {
 }
 
 // identifyData fills b, 4096 zero bytes, with the structure asked for.
-func (k *Controller) identifyData(b []byte, cns uint8, nsid uint32, csi nvmeof.CSI, cntid uint16) nvmeof.Status {
+func (k *Controller) identifyData(b []byte, p *Port, cns uint8, nsid uint32, csi nvmeof.CSI, cntid uint16) nvmeof.Status {
 	switch cns {
 	case nvmeof.CNSController:
-		k.identifyController().Encode(b)
+		k.identifyController(p).Encode(b)
 		return nvmeof.Success
 	case nvmeof.CNSControllerCSI:
 		switch csi {
@@ -174,13 +174,18 @@ func (k *Controller) namespace(nsid uint32) *namespace {
 	return nil
 }
 
-func (k *Controller) identifyController() *nvmeof.IdentifyController {
+func (k *Controller) identifyController(p *Port) *nvmeof.IdentifyController {
 	d := &nvmeof.IdentifyController{
 		Serial: k.sub.serial(), Model: model, Firmware: revision, CNTLID: k.ID, VER: nvmeof.VersionNVMe20,
 		CTRATT: nvmeof.CTRATT128BitHostID | nvmeof.CTRATTTBKAS, CNTRLTYPE: nvmeof.ControllerIO, AERL: maxAERs - 1, ACL: 3,
 		ELPE: errorEntries - 1, KAS: 10, MAXCMD: uint16(min(k.target.limits.QueueEntries, 0xFFFF)), SUBNQN: k.sub.NQN,
-		SGLS: 1 | 1<<2 | 1<<20 | 1<<21, IORCSZ: nvmeof.CompletionSize / 16, IOCCSZ: (nvmeof.CommandSize + InCapsule) / 16, MSDBD: 1,
+		SGLS: 1 | 1<<20, IORCSZ: nvmeof.CompletionSize / 16, IOCCSZ: uint32(nvmeof.CommandSize+p.InCapsule) / 16, MSDBD: p.MSDBD,
 		LPA: 1<<1 | 1<<2, CMIC: 1 | 1<<1,
+	}
+	if p.TRType == nvmeof.TRTypeRDMA {
+		d.SGLS |= 1 << 2 // keyed descriptors
+	} else {
+		d.SGLS |= 1 << 21 // transport data blocks
 	}
 	if k.sub.discovery {
 		d.CNTRLTYPE, d.OAES, d.LPA = nvmeof.ControllerDiscovery, nvmeof.AENDiscovery, 1<<2

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"sync"
+	"unsafe"
 
 	"github.com/kvof/kvof/nvmeof"
 	"github.com/kvof/kvof/uring"
@@ -112,6 +113,10 @@ func read(r *Request) {
 // write brings the data of Write and Compare.
 func write(r *Request) {
 	s := r.stream
+	if d := r.Inline; r.Stays && len(d) >= int(s.left) && len(d) > 0 && s.op == nvmeof.OpWrite && !r.ns.inline && s.direct(d[:s.left]) {
+		written(r)
+		return
+	}
 	if compare := s.op == nvmeof.OpCompare; !r.ns.inline || compare {
 		r.queue.reserve(r, holdFor(s.left, writeHold))
 		if compare && !r.ns.inline {
@@ -333,6 +338,15 @@ func (s *stream) Filled(n int) {
 		return
 	}
 	s.start(uring.OpWrite, b)
+}
+
+// direct starts to write b, all of the data, from where it is; false when the device cannot.
+func (s *stream) direct(b []byte) bool {
+	if uintptr(unsafe.Pointer(&b[0]))%uintptr(s.ns.dev.BlockSize()) != 0 {
+		return false
+	}
+	s.start(uring.OpWrite, uring.View(b))
+	return true
 }
 
 // finish waits for what is in flight and returns the first error.

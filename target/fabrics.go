@@ -71,7 +71,7 @@ func (q *Queue) connectable(r *Request, d *nvmeof.ConnectData, maxSize int) *sub
 		r.complete(nvmeof.ConnectIncompatible|nvmeof.DNR, 0)
 		return nil
 	}
-	if n := int(r.Cmd.ConnectSQSIZE()) + 1; n < 2 || n > maxSize {
+	if n := int(r.Cmd.ConnectSQSIZE()) + 1; n < 2 || n > min(maxSize, q.most) {
 		invalidParam(r, nvmeof.ConnectOffSQSIZE, false)
 		return nil
 	}

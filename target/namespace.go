@@ -75,6 +75,9 @@ func openNamespace(c configs.Namespace, arena *uring.Arena, p *pool, log *slog.L
 		p.giveForGood(n.own)
 		return nil, fmt.Errorf("namespace %d: %w", c.NSID, err)
 	}
+	if n.inline {
+		p.memories.add(payload{n.dev.View(0, n.dev.Size()), n.dev})
+	}
 	n.lbads = uint8(bits.TrailingZeros64(lba))
 	n.blocks = uint64(n.dev.Size()) >> n.lbads
 	return n, nil
@@ -87,6 +90,9 @@ func (n *namespace) close() error {
 	var err error
 	if n.store != nil {
 		err = n.store.Close()
+	}
+	if n.inline {
+		n.pool.memories.remove(n.dev.View(0, n.dev.Size()))
 	}
 	err = errors.Join(err, n.dev.Close())
 	n.pool.giveForGood(n.own)

@@ -16,6 +16,7 @@ type pool struct {
 	large, small *semaphore.Weighted
 	inline       *semaphore.Weighted // of two small buffers each, for commands whose data came in the capsule
 	spare        int64               // large buffers that namespaces may still take for good
+	memories     memories
 }
 
 // hold is what a command, or a namespace, has been promised: buffers of each class.
@@ -48,8 +49,10 @@ func holdFor(n, most int64) hold {
 func newPool(arena *uring.Arena) *pool {
 	s := arena.Stats()
 	large, small := int64(s.Large.Free+s.Large.Used), int64(s.Small.Free+s.Small.Used)
-	return &pool{large: semaphore.NewWeighted(large), small: semaphore.NewWeighted(small / 2), inline: semaphore.NewWeighted(small / 4),
+	p := &pool{large: semaphore.NewWeighted(large), small: semaphore.NewWeighted(small / 2), inline: semaphore.NewWeighted(small / 4),
 		spare: large - readHold}
+	p.memories.add(payload{b: arena.Memory()})
+	return p
 }
 
 // take waits for buffers. Large before small, always, so that waiters never wait for each other.

@@ -32,6 +32,7 @@ type Queue struct {
 	ctrl *Controller // set once, by Connect
 	id   uint16
 	size uint32 // entries
+	most int    // entries that the transport has room for
 	sqhd atomic.Uint32
 	noFC bool // SQ flow control is off
 
@@ -46,7 +47,7 @@ type Queue struct {
 
 // NewQueue makes the queue of a new connection that reached port at the local address .
 func (t *Target) NewQueue(c Conn, port *Port, local netip.AddrPort) *Queue {
-	q := &Queue{target: t, conn: c, port: port, local: local, size: adminDepth}
+	q := &Queue{target: t, conn: c, port: port, local: local, size: adminDepth, most: maxRequests}
 	q.idle.L = &q.mu
 	return q
 }
@@ -69,6 +70,12 @@ func (q *Queue) NewRequest() *Request {
 	}
 	q.inflight++
 	return r
+}
+
+// Limit bounds the entries that a Connect may ask for, for a transport whose connections have room for so many commands.
+func (q *Queue) Limit(entries int) {
+	q.most = entries
+	q.size = min(q.size, uint32(entries))
 }
 
 func (q *Queue) put(r *Request) {

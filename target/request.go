@@ -11,7 +11,8 @@ import (
 )
 
 // Conn is the connection that carries one queue: all that a transport must provide. Its methods may be called from
-// any goroutine, never block, and do nothing but release what they were given once the connection is closed.
+// any goroutine, never block (but Pull of a request that is Async may), and do nothing but release what they were given
+// once the connection is closed.
 type Conn interface {
 	// Pull brings r.PullLength bytes of the command's data into the memory that r.Buffer hands out, and then calls
 	// r.Received; when the connection ends first, it calls r.Aborted.
@@ -33,7 +34,8 @@ type Request struct {
 	Cmd    nvmeof.Command
 	CQE    nvmeof.Completion // valid from Conn.Complete on
 	Length uint32            // bytes of data that the command's SGL describes
-	Inline []byte            // data that came in the capsule; the transport's memory, valid only during Execute
+	Inline []byte            // data that came in the capsule; the transport's memory, valid only during Execute, but for:
+	Stays  bool              // Inline is valid until Conn.Complete
 	Tag    uint16            // index of the request in its queue: for the transport's own use, such as a TTAG
 
 	PullLength uint32 // bytes to bring, valid from Conn.Pull on
@@ -100,6 +102,7 @@ func (r *Request) receive(n uint32, s sink, then func(*Request)) {
 		r.queue.conn.Pull(r)
 		return
 	}
+	r.queue.target.copied.Add(uint64(n))
 	for data = data[:n]; len(data) > 0; {
 		c := copy(s.Buffer(len(data)), data)
 		s.Filled(c)
@@ -119,10 +122,12 @@ func (r *Request) proceed(step func(*Request)) {
 
 // detach goes on with step in a goroutine, whatever the namespace.
 func (r *Request) detach(step func(*Request)) {
-	if len(r.Inline) > 0 { // the transport takes its memory back when Execute returns
-		r.keep()
+	if !r.Stays {
+		if len(r.Inline) > 0 { // the transport takes its memory back when Execute returns
+			r.keep()
+		}
+		r.Inline = nil
 	}
-	r.Inline = nil
 	r.spawn(step)
 }
 
@@ -132,7 +137,7 @@ func (r *Request) keep() {
 	t := r.queue.target
 	_ = t.pool.inline.Acquire(context.Background(), 1)
 	r.kept = t.arena.Get(len(r.Inline))
-	copy(r.kept.Data, r.Inline)
+	t.copied.Add(uint64(copy(r.kept.Data, r.Inline)))
 }
 
 // drop ends what keep began.
@@ -205,7 +210,7 @@ func (r *Request) Release() {
 	}
 	q := r.queue
 	q.giveBack(r)
-	r.Async = false
+	r.Async, r.Stays = false, false
 	r.Inline, r.ns, r.sink, r.step, r.PullLength, r.Sent = nil, nil, nil, nil, 0, 0
 	q.put(r)
 }

@@ -147,7 +147,8 @@ func (s *script) run(t *testing.T, d *datadriven.TestData) string {
 				name, addr string
 				discovery  bool
 			}{{"io", "0.0.0.0:4420", false}, {"io6", "[2001:db8::1]:4420", false}, {"discovery", "192.0.2.1:8009", true}} {
-				s.ports[p.name] = &target.Port{TRType: nvmeof.TRTypeTCP, Address: netip.MustParseAddrPort(p.addr), Discovery: p.discovery}
+				s.ports[p.name] = &target.Port{TRType: nvmeof.TRTypeTCP, Address: netip.MustParseAddrPort(p.addr), Discovery: p.discovery,
+					InCapsule: target.InCapsule, MSDBD: 1}
 				s.target.AddPort(s.ports[p.name])
 			}
 		}

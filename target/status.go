@@ -25,6 +25,7 @@ type Status struct {
 	Subsystems  []SubsystemStatus  `json:"subsystems"`  // by NQN
 	Controllers []ControllerStatus `json:"controllers"` // by CNTLID, those of the discovery subsystem among them
 	Arena       uring.ArenaStats   `json:"arena"`
+	Copied      uint64             `json:"copied"` // payload bytes that were copied: what came in capsules
 	Kernel      uring.Features     `json:"kernel"`
 }
 
@@ -113,7 +114,7 @@ type QueueStatus struct {
 
 // Status returns a snapshot of the target. It waits for no I/O.
 func (t *Target) Status() Status {
-	s := Status{Started: t.started, Uptime: time.Since(t.started).Seconds(), Arena: t.arena.Stats(), Kernel: probe(),
+	s := Status{Started: t.started, Uptime: time.Since(t.started).Seconds(), Arena: t.arena.Stats(), Copied: t.copied.Load(), Kernel: probe(),
 		Ports: []PortStatus{}, Subsystems: []SubsystemStatus{}, Controllers: []ControllerStatus{}}
 	t.mu.RLock()
 	s.Draining = t.draining.Load()
@@ -137,6 +138,8 @@ func transportName(trtype uint8) string {
 	switch trtype {
 	case nvmeof.TRTypeTCP:
 		return string(configs.TransportTCP)
+	case nvmeof.TRTypeRDMA:
+		return string(configs.TransportRDMA)
 	default:
 		return fmt.Sprintf("trtype %d", trtype)
 	}

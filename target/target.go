@@ -26,6 +26,7 @@ type Target struct {
 	started time.Time
 
 	draining atomic.Bool
+	copied   counter // payload bytes
 
 	mu         sync.RWMutex
 	subsystems map[string]*subsystem // by NQN
@@ -42,6 +43,8 @@ type Port struct {
 	TRType    uint8          // transport, as in discovery records
 	Address   netip.AddrPort // an unspecified IP is advertised as the one the host reached
 	Discovery bool           // the discovery subsystem alone
+	InCapsule int            // most bytes of data in a command capsule of an I/O queue
+	MSDBD     uint8          // most descriptors of one command's SGL
 }
 
 // New makes a target without subsystems. Payload moves through arena, which the caller owns and closes after Close.
@@ -235,10 +238,17 @@ func (t *Target) discoveryLog(host string, local netip.Addr, port *Port) []byte 
 		}
 	}
 	for _, r := range t.referrals {
-		p := &Port{TRType: nvmeof.TRTypeTCP, Address: r.Address}
+		p := &Port{TRType: trtype(r.Transport), Address: r.Address}
 		record(p, 0, nvmeof.SubtypeReferral, nvmeof.DiscoveryNQN)
 	}
 	return nvmeof.EncodeDiscovery(nil, t.genctr, es)
+}
+
+func trtype(t configs.Transport) uint8 {
+	if t == configs.TransportRDMA {
+		return nvmeof.TRTypeRDMA
+	}
+	return nvmeof.TRTypeTCP
 }
 
 func adrfam(a netip.Addr) uint8 {

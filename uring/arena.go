@@ -193,6 +193,9 @@ func (b Buf) Put() {
 	w.got <- b.index // straight to the next holder: nobody overtakes the queue
 }
 
+// Memory is all of the arena, for what must know its memory beforehand, such as an RDMA device. It ends with Close.
+func (a *Arena) Memory() []byte { return a.mem }
+
 // ArenaStats describes an arena.
 type ArenaStats struct {
 	Size         int64 // bytes

@@ -14,6 +14,7 @@ type memory struct {
 	mu     sync.RWMutex // read: an op runs; write: Close
 	mem    []byte
 	size   int64
+	pinned bool // hardware knows the pages: they stay
 	closed bool
 }
 
@@ -59,7 +60,11 @@ func (d *memory) do(o *Op) error {
 	case OpWrite:
 		move(at, o.Data)
 	case OpDiscard, OpZero:
-		zero(at)
+		if d.pinned {
+			clear(at)
+		} else {
+			zero(at)
+		}
 	}
 	return nil
 }
@@ -89,6 +94,18 @@ func (d *memory) View(off, n int64) []byte {
 		return nil
 	}
 	return d.mem[off : off+n : off+n]
+}
+
+// Pinner is a Device in memory.
+type Pinner interface {
+	// Pin makes the device keep its pages: hardware is about to register them.
+	Pin()
+}
+
+func (d *memory) Pin() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.pinned = true
 }
 
 func (d *memory) Size() int64    { return d.size }

@@ -49,7 +49,7 @@ func Listen(t *target.Target, ln net.Listener, discovery bool, log *slog.Logger)
 		addr = netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port())
 	}
 	l := &Listener{target: t, ln: ln, log: log, stall: stallLimit, setup: setupTime, conns: map[*conn]struct{}{}, stop: make(chan struct{}),
-		port: &target.Port{TRType: nvmeof.TRTypeTCP, Address: addr, Discovery: discovery}}
+		port: &target.Port{TRType: nvmeof.TRTypeTCP, Address: addr, Discovery: discovery, InCapsule: target.InCapsule, MSDBD: 1}}
 	t.AddPort(l.port)
 	l.wg.Add(2)
 	go l.accept()
