@@ -1,0 +1,488 @@
+package kvlayer_test
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"runtime"
+	"testing"
+	"testing/cryptotest"
+
+	"github.com/kvof/kvof/kvlayer"
+	"github.com/kvof/kvof/uring"
+	"github.com/kvof/kvof/uring/uringtest"
+)
+
+var (
+	seedsFlag = flag.Int("seeds", 0, "TestFaults: seeds for each kind of trouble (0: a few)")
+	seedFlag  = flag.Uint64("seed", 0, "TestFaults: this seed only (0: all)")
+)
+
+// trouble is what a run of TestFaults meets.
+type trouble struct {
+	name  string
+	power bool            // cuts take the power, not just the process
+	rates uringtest.Rates // of faults while the store is in use
+	rot   bool            // bits flip on the device while the store is closed
+}
+
+func (c *trouble) damages() bool {
+	r := c.rates
+	return c.rot || r.ReadError+r.WriteError+r.FlushError+r.ReadFlip+r.WriteFlip > 0 || r.Space > 0
+}
+
+var troubles = []trouble{
+	{name: "kill"},
+	{name: "power", power: true},
+	{name: "rot", rot: true},
+	{name: "flips", rates: uringtest.Rates{ReadFlip: 0.01, WriteFlip: 0.01}},
+	{name: "read errors", rates: uringtest.Rates{ReadError: 0.02}},
+	{name: "write errors", rates: uringtest.Rates{WriteError: 0.02, FlushError: 0.05}},
+	{name: "full", rates: uringtest.Rates{Space: 5 << 18}},
+	{name: "all", power: true, rot: true, rates: uringtest.Rates{ReadError: 0.005, WriteError: 0.005, FlushError: 0.01, ReadFlip: 0.005, WriteFlip: 0.005}},
+}
+
+// TestFaults cuts a store off at a random write, again and again, while its
+// device does what devices do. What had completed (and was flushed, when the
+// power went) is there; nothing wrong is ever returned. A seed repeats its run:
+// the same operations meet the same faults.
+func TestFaults(t *testing.T) {
+	seeds := *seedsFlag
+	if seeds == 0 {
+		seeds = 25
+		if testing.Short() {
+			seeds = 8
+		}
+	}
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // goroutines take their turns in nearly the same order each time
+	for _, c := range troubles {
+		t.Run(c.name, func(t *testing.T) {
+			from, to := uint64(1), uint64(seeds)
+			if *seedFlag != 0 {
+				from, to = *seedFlag, *seedFlag
+			}
+			var sum tally
+			for seed := from; seed <= to && !t.Failed(); seed++ {
+				t.Run(fmt.Sprint(seed), func(t *testing.T) {
+					defer func() {
+						if t.Failed() {
+							t.Logf("once more: go test ./kvlayer -run 'TestFaults/%s' -seed %d", c.name, seed)
+						}
+					}()
+					cryptotest.SetGlobalRandom(t, seed)
+					sum.add(runFaults(t, c, seed))
+				})
+			}
+			t.Logf("%+v", sum)
+			if *seedFlag == 0 && !t.Failed() {
+				sum.check(t, c)
+			}
+		})
+	}
+}
+
+// tally is what happened in runs, to show that something did.
+type tally struct {
+	cuts, stores, found, deletes, flushes int
+	lost                                  int // values gone by damage
+	faults                                uringtest.Count
+	cleaned                               uint64
+}
+
+func (s *tally) add(o tally) {
+	s.cuts += o.cuts
+	s.stores += o.stores
+	s.found += o.found
+	s.deletes += o.deletes
+	s.flushes += o.flushes
+	s.lost += o.lost
+	s.faults.Errors += o.faults.Errors
+	s.faults.Flips += o.faults.Flips
+	s.cleaned += o.cleaned
+}
+
+func (s *tally) check(t *testing.T, c trouble) {
+	r := c.rates
+	switch {
+	case s.cuts == 0 || s.stores == 0 || s.found == 0 || s.deletes == 0 || s.flushes == 0 || s.cleaned == 0:
+		t.Error("something never happened")
+	case (r.ReadError+r.WriteError+r.FlushError > 0 || r.Space > 0) && s.faults.Errors == 0:
+		t.Error("no op failed")
+	case (c.rot || r.ReadFlip+r.WriteFlip > 0) && (s.faults.Flips == 0 || s.lost == 0):
+		t.Error("no bit flipped, or none mattered")
+	case !c.damages() && !c.power && s.lost > 0:
+		t.Error("lost values without damage")
+	}
+}
+
+// fate is what is known about a key. Values are known by their numbers; 0 is
+// none.
+type fate struct {
+	now   uint64   // after the last operation that completed
+	doubt []uint64 // may be instead, as operations were cut off or failed
+	since []uint64 // what it was since the last flush
+	loose bool     // the power went while a change of it was not flushed: it may be lost
+}
+
+func (f *fate) set(id uint64) {
+	f.now, f.doubt, f.loose = id, nil, false
+	f.since = append(f.since, id)
+}
+
+// faultRun is one seed's run.
+type faultRun struct {
+	*testing.T
+	trouble
+	tally
+	rnd    *rand.Rand
+	mem    uring.Device
+	plan   *uringtest.Plan
+	dev    *uringtest.Device
+	arena  *uring.Arena
+	s      *kvlayer.Store
+	keys   []fate
+	id     uint64 // of the newest value
+	rotten bool   // bits have flipped on the device
+}
+
+const late = 6 // ops that may overtake another
+
+func runFaults(t *testing.T, c trouble, seed uint64) tally {
+	r := &faultRun{T: t, trouble: c, rnd: rand.New(rand.NewPCG(seed, 0)), plan: uringtest.NewPlan(seed)}
+	r.keys = make([]fate, 6+r.rnd.IntN(20))
+	var err error
+	if r.mem, err = uring.NewMemory(2<<20 + int64(r.rnd.IntN(16))*128<<10); err != nil {
+		t.Fatal(err)
+	}
+	if r.arena, err = uring.NewArena(8 << 20); err != nil {
+		t.Fatal(err)
+	}
+	r.dev = uringtest.Wrap(r.mem, r.plan.Fault)
+	for range 6 {
+		r.open()
+		r.check()
+		r.dev.CutAfter(1+r.rnd.IntN(200), c.power, r.rnd.Uint64())
+		rates := c.rates
+		rates.Late = late
+		r.plan.Set(rates)
+		r.use()
+		r.end()
+	}
+	r.open()
+	r.check()
+	r.end()
+	if err := r.dev.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.arena.Close(); err != nil {
+		t.Fatal(err) // a buffer was not put back
+	}
+	r.faults.Errors += r.plan.Count().Errors
+	r.faults.Flips += r.plan.Count().Flips
+	return r.tally
+}
+
+// open opens the store, after some attempts that are cut off or meet faults.
+func (r *faultRun) open() {
+	for r.rnd.IntN(3) == 0 {
+		r.plan.Set(uringtest.Rates{Late: late})
+		if r.rnd.IntN(2) == 0 {
+			rates := r.rates
+			rates.Late = late
+			r.plan.Set(rates)
+		}
+		r.dev.CutAfter(1+r.rnd.IntN(40), r.power, r.rnd.Uint64())
+		if s, err := kvlayer.Open(r.dev, r.arena, kvlayer.Options{}); err == nil {
+			r.s = s
+		} else if !r.dev.Off() && r.plan.Count().Errors == 0 && !r.damages() {
+			r.Fatalf("open: %v", err)
+		}
+		r.end()
+	}
+	r.plan.Set(uringtest.Rates{Late: late})
+	var err error
+	if r.s, err = kvlayer.Open(r.dev, r.arena, kvlayer.Options{}); err != nil {
+		r.Fatalf("open: %v", err)
+	}
+}
+
+// end ends the process, or the power.
+func (r *faultRun) end() {
+	r.dev.Cut()
+	if r.s != nil {
+		r.cleaned += r.s.Stats().Cleaned
+		_ = r.s.Close()
+		r.s = nil
+	}
+	r.cuts++
+	r.dev.Restart()
+	for r.rot && r.rnd.IntN(2) == 0 {
+		b := r.mem.View(0, r.mem.Size())
+		b[r.rnd.IntN(len(b))] ^= 1 << r.rnd.IntN(8)
+		r.faults.Flips++
+		r.rotten = true
+	}
+	if r.power {
+		for i := range r.keys {
+			f := &r.keys[i]
+			f.loose = f.loose || len(f.since)+len(f.doubt) > 1
+			f.doubt = append(f.doubt, f.since...)
+		}
+	}
+}
+
+// use works with the store until the cut.
+func (r *faultRun) use() {
+	var w [3]kvlayer.Writer // in progress together
+	var key [3]int
+	var ids [3]uint64
+	for step := 0; !r.dev.Off() && step < 300; step++ {
+		i, k := r.rnd.IntN(len(w)), r.rnd.IntN(len(r.keys))
+		switch n := r.rnd.IntN(20); {
+		case n == 0:
+			r.flush()
+		case n < 3:
+			r.delete(k)
+		case n < 6:
+			r.retrieve(k)
+		case n < 8:
+			r.burst()
+		case ids[i] == 0:
+			r.id++
+			switch err := r.s.Create(&w[i], faultKey(k), int64(sizeOf(r.id)), kvlayer.StoreAlways); {
+			case err == nil:
+				key[i], ids[i] = k, r.id
+				fillWriter(&w[i], r.id)
+			case errors.Is(err, kvlayer.ErrNoSpace):
+				r.delete(k)
+			case !r.dev.Off() && !r.damages():
+				r.Fatalf("create: %v", err)
+			}
+		case n == 8:
+			w[i].Abort()
+			ids[i] = 0
+		default:
+			r.stored(key[i], ids[i], w[i].Commit())
+			ids[i] = 0
+		}
+	}
+	for i := range w {
+		w[i].Abort()
+	}
+}
+
+// burst lets some goroutines work at once, each with keys of its own.
+func (r *faultRun) burst() {
+	done := make(chan tally)
+	n := min(4, len(r.keys))
+	for g := range n {
+		b := *r
+		b.tally = tally{}
+		b.rnd = rand.New(rand.NewPCG(r.rnd.Uint64(), 0))
+		b.id = r.id
+		r.id += 4
+		go func() {
+			for range 4 {
+				k := g + n*b.rnd.IntN(len(b.keys)/n)
+				switch b.rnd.IntN(4) {
+				case 0:
+					b.delete(k)
+				case 1:
+					b.retrieve(k)
+				default:
+					b.id++
+					b.stored(k, b.id, store(b.s, faultKey(k), b.id))
+				}
+			}
+			done <- b.tally
+		}()
+	}
+	for range n {
+		r.add(<-done)
+	}
+}
+
+// stored notes how a Store ended.
+func (r *faultRun) stored(k int, id uint64, err error) {
+	f := &r.keys[k]
+	switch {
+	case err == nil && !r.dev.Off():
+		f.set(id)
+		r.stores++
+	case errors.Is(err, kvlayer.ErrNoSpace) && !errors.Is(err, uring.ErrNoSpace):
+	default:
+		f.doubt = append(f.doubt, id)
+		r.failed("store", err)
+	}
+}
+
+func (r *faultRun) delete(k int) {
+	f := &r.keys[k]
+	existed, err := r.s.Delete(faultKey(k))
+	switch {
+	case err == nil && !existed:
+		if f.now != 0 && !r.dev.Off() {
+			r.gone(k, kvlayer.ErrNotFound)
+		}
+	case err == nil && !r.dev.Off():
+		f.set(0)
+		r.deletes++
+	default:
+		f.doubt = append(f.doubt, 0)
+		r.failed("delete", err)
+	}
+}
+
+func (r *faultRun) flush() {
+	if err := r.s.Flush(); err != nil || r.dev.Off() {
+		r.failed("flush", err)
+		return
+	}
+	r.flushes++
+	for i := range r.keys {
+		f := &r.keys[i]
+		f.since = append(f.since[:0], f.now)
+		f.since = append(f.since, f.doubt...)
+	}
+}
+
+// failed stops a run in which something failed for no reason.
+func (r *faultRun) failed(what string, err error) {
+	if err != nil && !r.dev.Off() && !r.damages() {
+		r.Errorf("%s: %v", what, err)
+	}
+}
+
+// retrieve reads a key and compares it with what may be there.
+func (r *faultRun) retrieve(k int) {
+	f := &r.keys[k]
+	got, err := retrieve(r.s, faultKey(k))
+	switch {
+	case err != nil && r.dev.Off():
+	case err != nil:
+		for _, id := range append(f.doubt, f.now) {
+			if id == 0 && errors.Is(err, kvlayer.ErrNotFound) {
+				f.now, f.doubt = 0, nil
+				return
+			}
+		}
+		r.gone(k, err)
+	default:
+		for _, id := range append(f.doubt, f.now) {
+			if id != 0 && len(got) == sizeOf(id) && bytes.Equal(got, valueOf(id)) {
+				if !r.damages() && !r.dev.Off() { // else the others may show again
+					f.now, f.doubt = id, nil
+				}
+				r.found++
+				return
+			}
+		}
+		what := "that nobody stored"
+		for id := range r.id + 1 {
+			if len(got) == sizeOf(id) && bytes.Equal(got, valueOf(id)) {
+				what = fmt.Sprint("number ", id)
+			}
+		}
+		r.Errorf("key %d: a wrong value of %d bytes, %s; it is %d, or one of %d", k, len(got), what, f.now, f.doubt)
+	}
+}
+
+// gone accepts that a key's value cannot be had, when there is a reason.
+func (r *faultRun) gone(k int, err error) {
+	if f := &r.keys[k]; !f.loose && !r.rotten && r.plan.Count() == (uringtest.Count{}) {
+		r.Errorf("key %d: %v; it is %d, or one of %d", k, err, f.now, f.doubt)
+	} else {
+		f.doubt = append(f.doubt, 0)
+	}
+	r.lost++
+}
+
+// check looks at all keys, in all the ways there are.
+func (r *faultRun) check() {
+	listed := map[kvlayer.Key]int64{}
+	r.s.List(kvlayer.Key{}, func(k kvlayer.Key, size int64) bool {
+		listed[k] = size
+		return true
+	})
+	for k := range r.keys {
+		size, ok := r.s.Exist(faultKey(k))
+		if listedSize, listed := listed[faultKey(k)]; listed != ok || listedSize != size {
+			r.Errorf("key %d: Exist says %d, %v; List %d, %v", k, size, ok, listedSize, listed)
+		}
+		delete(listed, faultKey(k))
+		r.retrieve(k)
+		if r.power { // what is there after a cut is there for good
+			r.keys[k].since = append(r.keys[k].since[:0], r.keys[k].now)
+			r.keys[k].since = append(r.keys[k].since, r.keys[k].doubt...)
+		}
+	}
+	if len(listed) > 0 {
+		r.Errorf("List shows keys that nobody stored: %v", listed)
+	}
+}
+
+func faultKey(k int) kvlayer.Key {
+	b := binary.LittleEndian.AppendUint32([]byte("key"), uint32(k))
+	key, err := kvlayer.MakeKey(b[:4+k%4]) // of different lengths
+	if k > 255 || err != nil {
+		panic("too many keys")
+	}
+	return key
+}
+
+// sizeOf is the size in bytes of value number id.
+func sizeOf(id uint64) int {
+	return [...]int{0, 3000, 60_000, 60_000, 60_000, 150_000}[rand.New(rand.NewPCG(id, 1)).IntN(6)]
+}
+
+func valueOf(id uint64) []byte {
+	b := make([]byte, sizeOf(id))
+	r := rand.New(rand.NewPCG(id, 2))
+	word, step := r.Uint64(), r.Uint64()|1
+	for i := range len(b) / 8 {
+		binary.LittleEndian.PutUint64(b[8*i:], word)
+		word += step
+	}
+	return b
+}
+
+func fillWriter(w *kvlayer.Writer, id uint64) {
+	for v := valueOf(id); len(v) > 0; {
+		n := copy(w.Buffer(70_001), v)
+		w.Filled(n)
+		v = v[n:]
+	}
+}
+
+func store(s *kvlayer.Store, k kvlayer.Key, id uint64) error {
+	var w kvlayer.Writer
+	if err := s.Create(&w, k, int64(sizeOf(id)), kvlayer.StoreAlways); err != nil {
+		return err
+	}
+	fillWriter(&w, id)
+	return w.Commit()
+}
+
+func retrieve(s *kvlayer.Store, k kvlayer.Key) ([]byte, error) {
+	var r kvlayer.Reader
+	if err := s.Open(&r, k, kvlayer.MaxValue); err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	var out []byte
+	for {
+		b, err := r.Next()
+		if err == io.EOF {
+			return out, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, b.Data...)
+		b.Put()
+	}
+}
