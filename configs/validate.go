@@ -61,6 +61,7 @@ const (
 	maxNSID       = 1024 // hosts walk small lists; no drive has more
 	maxSocketPath = 107  // sun_path, without its NUL
 	kvBlock       = 4096
+	maxPlacement  = 128 // placement handles of a namespace
 )
 
 func (d *decoder) validate(c *Config) {
@@ -228,14 +229,15 @@ func (d *decoder) namespace(path string, n *Namespace, nsids, files, ids seen) {
 		d.unique(ids, key("nguid"), n.NGUID.String())
 	}
 
-	// Only keys of the namespace's own type mean anything.
-	foreign := func(names ...string) {
+	// Only keys of the namespace's own type, and of its device, mean anything.
+	meaningless := func(where string, names ...string) {
 		for _, name := range names {
 			if d.has(key(name)) {
-				d.errorf(key(name), "%s means nothing for a %s namespace", keyName(key(name)), n.Type)
+				d.errorf(key(name), "%s means nothing for a %s", keyName(key(name)), where)
 			}
 		}
 	}
+	foreign := func(names ...string) { meaningless(string(n.Type)+" namespace", names...) }
 	unit := Size(0)
 	switch n.Type {
 	case KeyValue:
@@ -245,7 +247,9 @@ func (d *decoder) namespace(path string, n *Namespace, nsids, files, ids seen) {
 	case Block:
 		unit = n.LBASize
 		foreign("max_value", "max_keys", "ednek")
-		if unit != 512 && unit != 4096 {
+		if n.Device == DeviceNVMe && !d.has(key("lba_size")) {
+			n.LBASize, unit = 0, 1
+		} else if unit != 512 && unit != 4096 {
 			d.errorf(key("lba_size"), "%s: %d is not an LBA size: write 512 or 4096", keyName(key("lba_size")), int64(n.LBASize))
 			unit = 0
 		}
@@ -259,7 +263,7 @@ func (d *decoder) namespace(path string, n *Namespace, nsids, files, ids seen) {
 	}
 
 	switch n.Device {
-	case DeviceFile, DeviceBlock:
+	case DeviceFile, DeviceBlock, DeviceNVMe:
 		if d.need(key("path"), n.Path == "") {
 			d.unique(files, key("path"), absolute(n.Path))
 		}
@@ -268,11 +272,14 @@ func (d *decoder) namespace(path string, n *Namespace, nsids, files, ids seen) {
 		}
 	case DeviceMemory:
 		d.need(key("size"), n.Size == 0)
-		if d.has(key("path")) {
-			d.errorf(key("path"), "%s means nothing for a memory device", keyName(key("path")))
-		}
+		meaningless("memory device", "path")
 	default:
-		d.errorf(key("device"), "%s: %q is not a kind of device: write file, block or memory", keyName(key("device")), n.Device)
+		d.errorf(key("device"), "%s: %q is not a kind of device: write file, block, nvme or memory", keyName(key("device")), n.Device)
+	}
+	if n.Device == DeviceNVMe {
+		d.within(key("placement"), n.Placement, 0, maxPlacement)
+	} else {
+		meaningless(string(n.Device)+" device", "poll", "placement")
 	}
 }
 
