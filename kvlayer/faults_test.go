@@ -434,20 +434,27 @@ func faultKey(k int) kvlayer.Key {
 	return key
 }
 
+const sizeMax = 150_000
+
 // sizeOf is the size in bytes of value number id.
 func sizeOf(id uint64) int {
-	return [...]int{0, 3000, 60_000, 60_000, 60_000, 150_000}[rand.New(rand.NewPCG(id, 1)).IntN(6)]
+	return [...]int{0, 3000, 60_000, 60_000, 60_000, sizeMax}[rand.New(rand.NewPCG(id, 1)).IntN(6)]
 }
 
 func valueOf(id uint64) []byte {
 	b := make([]byte, sizeOf(id))
-	r := rand.New(rand.NewPCG(id, 2))
-	word, step := r.Uint64(), r.Uint64()|1
+	word, step := wordsOf(id)
 	for i := range len(b) / 8 {
 		binary.LittleEndian.PutUint64(b[8*i:], word)
 		word += step
 	}
 	return b
+}
+
+// wordsOf are a value's first word, and by how much each is more than the last.
+func wordsOf(id uint64) (word, step uint64) {
+	r := rand.New(rand.NewPCG(id, 2))
+	return r.Uint64(), r.Uint64() | 1
 }
 
 func fillWriter(w *kvlayer.Writer, id uint64) {
