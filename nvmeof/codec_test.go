@@ -433,7 +433,7 @@ func TestStatus(t *testing.T) {
 		0x04: "data transfer error", 0x06: "internal error", 0x07: "command abort requested", 0x08: "command aborted due to SQ deletion",
 		0x0B: "invalid namespace or format", 0x0C: "command sequence error", 0x0E: "invalid number of SGL descriptors",
 		0x0F: "data SGL length invalid", 0x11: "SGL descriptor type invalid", 0x16: "SGL offset invalid",
-		0x1A: "keep alive timeout invalid", 0x20: "namespace is write protected", 0x22: "transient transport error",
+		0x1A: "keep alive timeout invalid", 0x20: "namespace is write protected", 0x21: "command interrupted", 0x22: "transient transport error",
 		0x80: "LBA out of range", 0x81: "capacity exceeded", 0x82: "namespace not ready",
 		0x85: "invalid value size", 0x86: "invalid key size", 0x87: "key does not exist", 0x88: "unrecovered error", 0x89: "key exists",
 		0x101: "invalid queue identifier", 0x105: "asynchronous event request limit exceeded", 0x109: "invalid log page",

@@ -233,7 +233,7 @@ func TestGoldenStructures(t *testing.T) {
 			525: "07 0100 0200", 534: "0300", 536: "05001000", 540: "20000000", 768: text(testSubNQN), 1792: "0402 0000 01000000 0000 01 10"}},
 		"Identify Namespace": {encode(4096, testNamespace.Encode), fields{
 			0: "0000100000000000", 8: "0100100000000000", 16: "0200000000000000", 24: "11", 30: "01", 33: "09",
-			34: "1100 1200 1300", 46: "1400", 64: "0700 1500 1600 1700 1800 1900 1a000000 1b", 99: "01", 102: "0100",
+			34: "1100 1200 1300 1c00 1d00 1e00 1400", 64: "0700 1500 1600 1700 1800 1900 1a000000 1b", 99: "01", 102: "0100",
 			104: "00112233445566778899aabbccddeeff", 120: "0102030405060708", 128: "0800 0c"}},
 		"Identify KV Namespace": {encode(4096, testKV.Encode), fields{
 			0: "0000000001000000", 16: "0000000000010000", 26: "01", 32: "00000400", 43: "01",
@@ -269,7 +269,7 @@ var (
 		ONCS: ONCSCompare | ONCSDSM | ONCSWriteZeroes | ONCSVerify, VWC: 7, AWUN: 1, AWUPF: 2, OCFS: 3, SGLS: 0x100005, MNAN: 32, SUBNQN: testSubNQN,
 		IOCCSZ: 0x204, IORCSZ: 1, FCATT: 1, MSDBD: 16}
 	testNamespace = IdentifyNamespace{NSZE: 1 << 20, NCAP: 1<<20 + 1, NUSE: 2, NSFEAT: 0x11, NMIC: 1, DLFEAT: 9, NSATTR: 1, NGUID: testID,
-		EUI64: [8]byte{1, 2, 3, 4, 5, 6, 7, 8}, LBADS: 12, MS: 8, ENDGID: 1, Limits: NamespaceLimits{NAWUN: 0x11, NAWUPF: 0x12, NACWU: 0x13, NOIOB: 0x14, NPWG: 7,
+		EUI64: [8]byte{1, 2, 3, 4, 5, 6, 7, 8}, LBADS: 12, MS: 8, ENDGID: 1, Limits: NamespaceLimits{NAWUN: 0x11, NAWUPF: 0x12, NACWU: 0x13, NABSN: 0x1c, NABO: 0x1d, NABSPF: 0x1e, NOIOB: 0x14, NPWG: 7,
 			NPWA: 0x15, NPDG: 0x16, NPDA: 0x17, NOWS: 0x18, MSSRL: 0x19, MCL: 0x1a, MSRC: 0x1b}}
 	testKV = IdentifyKV{NSZE: 1 << 32, NUSE: 1 << 40, NMIC: 1, NOVG: 256 << 10, NSATTR: 1, NGUID: testID,
 		EUI64: [8]byte{1, 2, 3, 4, 5, 6, 7, 8}, MaxKey: 16, MaxValue: 64 << 20, MaxKeys: 1000000}

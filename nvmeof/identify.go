@@ -194,6 +194,7 @@ const (
 // to its hosts when it hands on their commands. All count logical blocks; 0's based unless it says otherwise.
 type NamespaceLimits struct {
 	NAWUN, NAWUPF, NACWU uint16 // atomic write units, normal and across a power failure, and atomic compare and write unit
+	NABSN, NABO, NABSPF  uint16 // boundaries that atomic writes do not cross, normal, their offset (not 0's based), and across a power failure
 	NOIOB                uint16 // optimal I/O boundary, not 0's based
 	NPWG, NPWA           uint16 // preferred write granularity and alignment
 	NPDG, NPDA           uint16 // preferred deallocate granularity and alignment
@@ -211,7 +212,7 @@ func (d *IdentifyNamespace) Encode(b []byte) {
 	le.PutUint64(b[16:], d.NUSE)
 	b[24], b[30], b[33] = d.NSFEAT, d.NMIC, d.DLFEAT
 	l := &d.Limits
-	for off, v := range map[int]uint16{34: l.NAWUN, 36: l.NAWUPF, 38: l.NACWU, 46: l.NOIOB, 64: l.NPWG, 66: l.NPWA, 68: l.NPDG, 70: l.NPDA,
+	for off, v := range map[int]uint16{34: l.NAWUN, 36: l.NAWUPF, 38: l.NACWU, 40: l.NABSN, 42: l.NABO, 44: l.NABSPF, 46: l.NOIOB, 64: l.NPWG, 66: l.NPWA, 68: l.NPDG, 70: l.NPDA,
 		72: l.NOWS, 74: l.MSSRL, 102: d.ENDGID, 128: d.MS} {
 		le.PutUint16(b[off:], v)
 	}
@@ -236,7 +237,7 @@ func (d *IdentifyNamespace) Decode(b []byte) error {
 	lbaf := b[128+4*format:]
 	*d = IdentifyNamespace{NSZE: le.Uint64(b), NCAP: le.Uint64(b[8:]), NUSE: le.Uint64(b[16:]), NSFEAT: b[24], NMIC: b[30],
 		DLFEAT: b[33], NSATTR: b[99], NGUID: [16]byte(b[104:]), EUI64: [8]byte(b[120:]), ENDGID: u16(102), MS: le.Uint16(lbaf), LBADS: lbaf[2],
-		Limits: NamespaceLimits{NAWUN: u16(34), NAWUPF: u16(36), NACWU: u16(38), NOIOB: u16(46), NPWG: u16(64), NPWA: u16(66), NPDG: u16(68),
+		Limits: NamespaceLimits{NAWUN: u16(34), NAWUPF: u16(36), NACWU: u16(38), NABSN: u16(40), NABO: u16(42), NABSPF: u16(44), NOIOB: u16(46), NPWG: u16(64), NPWA: u16(66), NPDG: u16(68),
 			NPDA: u16(70), NOWS: u16(72), MSSRL: u16(74), MCL: le.Uint32(b[76:]), MSRC: b[80]}}
 	return nil
 }

@@ -283,3 +283,20 @@ func (r *DSMRange) Encode(b []byte) {
 	le.PutUint32(b[4:], r.Blocks)
 	le.PutUint64(b[8:], r.SLBA)
 }
+
+// CopyRangeSize is the size in bytes of one Copy source range, descriptor format 0.
+const CopyRangeSize = 32
+
+// MaxCopyRanges is the most source ranges of one Copy.
+const MaxCopyRanges = 256
+
+// CopyRange is one source range of a Copy command.
+type CopyRange struct {
+	SLBA   uint64
+	Blocks uint32 // logical blocks, 1 to 65536
+}
+
+// Decode reads the range from 32 bytes.
+func (r *CopyRange) Decode(b []byte) {
+	r.SLBA, r.Blocks = le.Uint64(b[8:]), uint32(le.Uint16(b[16:]))+1
+}

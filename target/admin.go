@@ -1,6 +1,8 @@
 package target
 
 import (
+	"maps"
+	"slices"
 	"time"
 
 	"github.com/kvof/kvof/nvmeof"
@@ -144,12 +146,33 @@ func (k *Controller) identifyData(b []byte, p *Port, cns uint8, nsid uint32, csi
 		}
 	default:
 		d := nvmeof.IdentifyNamespace{NSZE: n.blocks, NCAP: n.blocks, NUSE: n.usage() >> n.lbads, NMIC: 1, NSATTR: n.nsattr(), NGUID: n.NGUID, LBADS: n.lbads}
-		if n.zeroAfterDiscard() {
+		if n.drive != nil {
+			d.NSFEAT, d.DLFEAT, d.Limits = n.drive.Namespace.NSFEAT&driveFeatures, n.drive.Namespace.DLFEAT&0xF, n.driveLimits()
+		} else if n.zeroAfterDiscard() {
 			d.DLFEAT = 1 | 1<<3 // and Write Zeroes takes the DEAC bit
 		}
 		d.Encode(b)
 	}
 	return nvmeof.Success
+}
+
+// driveFeatures are the NSFEAT bits that stay true of a namespace on a drive.
+const driveFeatures = nvmeof.NSFEATAtomic | nvmeof.NSFEATOptimal | nvmeof.NSFEATOptimal<<1
+
+// driveLimits is what the drive asks of I/O. Writes are atomic only as far as they reach it in one piece.
+func (n *namespace) driveLimits() nvmeof.NamespaceLimits {
+	l := n.drive.Namespace.Limits
+	piece := uint16(min(uring.LargeBuf, n.drive.Scattered)>>n.lbads - 1)
+	l.NAWUN, l.NAWUPF, l.NACWU = min(l.NAWUN, piece), min(l.NAWUPF, piece), 0
+	if !n.forwards(nvmeof.ONCSCopy) {
+		l.MSSRL, l.MCL, l.MSRC = 0, 0, 0
+	}
+	return l
+}
+
+// copies tells whether a namespace of the subsystem takes Copy.
+func (s *subsystem) copies() bool {
+	return slices.ContainsFunc(s.list(), func(n *namespace) bool { return n.forwards(nvmeof.ONCSCopy) })
 }
 
 // namespaces returns the namespaces the host sees: only NVM ones when it enabled the NVM command set alone.
@@ -194,6 +217,10 @@ func (k *Controller) identifyController(p *Port) *nvmeof.IdentifyController {
 	}
 	d.OAES = nvmeof.AENNamespace
 	d.ONCS = nvmeof.ONCSCompare | nvmeof.ONCSDSM | nvmeof.ONCSWriteZeroes | nvmeof.ONCSVerify
+	if k.sub.copies() {
+		d.ONCS |= nvmeof.ONCSCopy
+		d.OCFS = 1 // descriptor format 0
+	}
 	d.VWC = 1 | 3<<1
 	for _, n := range k.sub.list() {
 		d.NN = max(d.NN, n.NSID)
@@ -279,6 +306,9 @@ func (k *Controller) logPage(r *Request) []byte {
 			e.IO = kvEffects
 		} else if c.LogCSI() != nvmeof.CSINVM {
 			return nil
+		} else if !k.sub.copies() {
+			e.IO = maps.Clone(e.IO)
+			delete(e.IO, nvmeof.OpCopy)
 		}
 		b := make([]byte, nvmeof.EffectsSize)
 		e.Encode(b)

@@ -2,10 +2,12 @@ package target
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"sync"
 	"unsafe"
 
+	"github.com/kvof/kvof/configs"
 	"github.com/kvof/kvof/nvmeof"
 	"github.com/kvof/kvof/uring"
 )
@@ -19,14 +21,16 @@ var blockEffects = map[uint8]uint32{
 	nvmeof.OpWrite:       nvmeof.EffectSupported | nvmeof.EffectContent,
 	nvmeof.OpWriteZeroes: nvmeof.EffectSupported | nvmeof.EffectContent,
 	nvmeof.OpDSM:         nvmeof.EffectSupported | nvmeof.EffectContent,
+	nvmeof.OpCopy:        nvmeof.EffectSupported | nvmeof.EffectContent, // on drives that have it
 }
 
 // CDW12 and CDW11 bits.
 const (
-	fua        = 1 << 30 // Write: Force Unit Access
-	deac       = 1 << 25 // Write Zeroes: Deallocate
-	dsmAD      = 1 << 2  // DSM: Attribute - Deallocate
-	maxDSMData = 256 * nvmeof.DSMRangeSize
+	fua     = 1 << 30            // Force Unit Access
+	deac    = 1 << 25            // Write Zeroes: Deallocate
+	handOn  = 1<<31 | fua | deac // what a drive is told too; bit 31 is Limited Retry
+	dsmAD   = 1 << 2             // DSM: Attribute - Deallocate
+	maxList = nvmeof.MaxCopyRanges * nvmeof.CopyRangeSize
 )
 
 var errMiscompare = errors.New("data differs")
@@ -36,7 +40,7 @@ func blockCommand(r *Request) {
 	c, n := &r.Cmd, r.ns
 	op := c.Opcode()
 	switch {
-	case blockEffects[op] == 0:
+	case blockEffects[op] == 0, op == nvmeof.OpCopy && !n.forwards(nvmeof.ONCSCopy):
 		r.fail(nvmeof.InvalidOpcode)
 		return
 	case n.ReadOnly && blockEffects[op]&nvmeof.EffectContent != 0:
@@ -52,6 +56,9 @@ func blockCommand(r *Request) {
 		}
 		r.proceed(dsm)
 		return
+	case op == nvmeof.OpCopy:
+		copyCommand(r)
+		return
 	}
 	slba, blocks := c.SLBA(), uint64(c.DW(12)&0xFFFF)+1
 	if slba >= n.blocks || blocks > n.blocks-slba {
@@ -66,13 +73,15 @@ func blockCommand(r *Request) {
 	if r.stream == nil {
 		r.stream = new(stream)
 	}
-	r.stream.reset(n, op, int64(slba<<n.lbads), int64(blocks<<n.lbads))
-	switch op {
-	case nvmeof.OpWriteZeroes:
+	r.stream.reset(n, op, int64(slba<<n.lbads), int64(blocks<<n.lbads), c.DW(12))
+	switch {
+	case op == nvmeof.OpWriteZeroes:
 		r.proceed(writeZeroes)
-	case nvmeof.OpRead, nvmeof.OpVerify:
+	case op == nvmeof.OpVerify && n.forwards(nvmeof.ONCSVerify):
+		r.proceed(verify)
+	case op == nvmeof.OpRead, op == nvmeof.OpVerify:
 		r.proceed(read)
-	case nvmeof.OpCompare:
+	case op == nvmeof.OpCompare:
 		r.detach(write) // it needs buffers, whatever the device
 	default:
 		r.proceed(write)
@@ -119,7 +128,7 @@ func write(r *Request) {
 	}
 	if compare := s.op == nvmeof.OpCompare; !r.ns.inline || compare {
 		r.queue.reserve(r, holdFor(s.left, writeHold))
-		if compare && !r.ns.inline {
+		if compare && !r.ns.inline && !r.ns.forwards(nvmeof.ONCSCompare) {
 			r.ns.shadow.open(r.ns.arena)
 		}
 	}
@@ -163,7 +172,7 @@ func (n *namespace) compare(off int64, b []byte) error {
 // written ends a Write or Compare whose data is there.
 func written(r *Request) {
 	err := r.stream.finish()
-	if err == nil && r.Cmd.Opcode() == nvmeof.OpWrite && r.Cmd.DW(12)&fua != 0 {
+	if err == nil && r.Cmd.Opcode() == nvmeof.OpWrite && r.Cmd.DW(12)&fua != 0 && r.ns.drive == nil {
 		err = r.ns.flush()
 	}
 	st := statusOf(err)
@@ -174,59 +183,120 @@ func written(r *Request) {
 }
 
 func writeZeroes(r *Request) {
-	op := &r.stream.ops[0]
-	op.Kind, op.Off, op.Len, op.Data = uring.OpZero, r.stream.off, r.stream.left, nil
-	if r.Cmd.DW(12)&deac != 0 && r.ns.zeroAfterDiscard() {
-		op.Kind = uring.OpDiscard
+	s := r.stream
+	kind := uring.OpZero
+	if r.ns.drive == nil && r.Cmd.DW(12)&deac != 0 && r.ns.zeroAfterDiscard() {
+		kind = uring.OpDiscard
 	}
-	r.complete(statusOf(op.Do(r.ns.dev)), 0)
+	r.complete(statusOf(s.whole(kind)), 0)
 }
 
-// zeroAfterDiscard tells whether deallocated blocks read as zeroes, as they do in files and memory.
-func (n *namespace) zeroAfterDiscard() bool { return n.Device != "block" }
+// verify has the drive read and check the blocks.
+func verify(r *Request) { r.complete(statusOf(r.stream.whole(uring.OpVerify)), 0) }
 
-// ranges takes the data of a Dataset Management command, or of an Exist Many.
+// zeroAfterDiscard tells whether deallocated blocks read as zeroes, as they do in files and memory.
+func (n *namespace) zeroAfterDiscard() bool {
+	if n.drive != nil {
+		return n.drive.Namespace.DLFEAT&7 == 1
+	}
+	return n.Device != configs.DeviceBlock
+}
+
+// ranges takes the data of a Dataset Management or Copy command.
 type ranges struct {
-	b [maxDSMData]byte
-	n int
+	b   [maxList]byte
+	n   int
+	ops []uring.Op // made as they are needed, and kept
 }
 
 func (s *ranges) Buffer(limit int) []byte { return s.b[s.n:min(len(s.b), s.n+limit)] }
 func (s *ranges) Filled(n int)            { s.n += n }
 func (s *ranges) Abort()                  {}
 
-func dsm(r *Request) {
+// list makes the request's ranges empty.
+func (r *Request) list() *ranges {
 	if r.ranges == nil {
 		r.ranges = new(ranges)
 	}
 	r.ranges.n = 0
-	r.receive((r.Cmd.DW(10)&0xFF+1)*nvmeof.DSMRangeSize, r.ranges, deallocate)
+	return r.ranges
+}
+
+func dsm(r *Request) {
+	r.receive((r.Cmd.DW(10)&0xFF+1)*nvmeof.DSMRangeSize, r.list(), deallocate)
 }
 
 // deallocate checks all ranges before it touches the first. Ranges for other attributes are advice, not acted on.
 func deallocate(r *Request) {
-	n, data := r.ns, r.ranges.b[:r.ranges.n]
+	n, l := r.ns, r.ranges
+	data := l.b[:l.n]
 	var g nvmeof.DSMRange
 	for b := data; len(b) > 0; b = b[nvmeof.DSMRangeSize:] {
 		g.Decode(b)
-		if g.SLBA > n.blocks || uint64(g.Blocks) > n.blocks-g.SLBA {
+		if !n.holds(g.SLBA, uint64(g.Blocks)) {
 			r.fail(nvmeof.LBAOutOfRange)
 			return
 		}
 	}
 	var err error
 	if r.Cmd.DW(11)&dsmAD != 0 {
-		var op uring.Op
-		for b := data; len(b) > 0 && err == nil; b = b[nvmeof.DSMRangeSize:] {
-			if g.Decode(b); g.Blocks == 0 {
-				continue
-			}
+		if most := len(data) / nvmeof.DSMRangeSize; len(l.ops) < most {
+			l.ops = make([]uring.Op, most)
+		}
+		batch := make([]*uring.Op, 0, len(l.ops))
+		for b := data; len(b) > 0; b = b[nvmeof.DSMRangeSize:] {
+			g.Decode(b)
+			op := &l.ops[len(batch)]
 			op.Kind, op.Off, op.Len = uring.OpDiscard, int64(g.SLBA<<n.lbads), int64(g.Blocks)<<n.lbads
-			err = op.Do(n.dev)
+			batch = append(batch, op)
+		}
+		n.dev.Submit(batch...) // together: a drive gets them in one command
+		for _, op := range batch {
+			err = cmp.Or(err, op.Wait())
 		}
 	}
 	r.complete(statusOf(err), 0)
 }
+
+// holds tells whether a range of blocks lies in the namespace.
+func (n *namespace) holds(slba, blocks uint64) bool {
+	return slba <= n.blocks && blocks <= n.blocks-slba
+}
+
+// copyCommand takes a Copy, which only drives do.
+func copyCommand(r *Request) {
+	switch n := r.Cmd.DW(12)&0xFF + 1; {
+	case r.Cmd.DW(12)>>8&0xF != 0: // the descriptor format
+		r.fail(nvmeof.InvalidField)
+	case n*nvmeof.CopyRangeSize > r.Length:
+		r.fail(nvmeof.DataSGLLength)
+	default:
+		r.proceed(func(r *Request) { r.receive(n*nvmeof.CopyRangeSize, r.list(), copyRanges) })
+	}
+}
+
+func copyRanges(r *Request) {
+	n, data := r.ns, r.ranges.b[:r.ranges.n]
+	var g nvmeof.CopyRange
+	var all uint64
+	for b := data; len(b) > 0; b = b[nvmeof.CopyRangeSize:] {
+		g.Decode(b)
+		all += uint64(g.Blocks)
+		if !n.holds(g.SLBA, uint64(g.Blocks)) {
+			r.fail(nvmeof.LBAOutOfRange)
+			return
+		}
+	}
+	if !n.holds(r.Cmd.SLBA(), all) {
+		r.fail(nvmeof.LBAOutOfRange)
+		return
+	}
+	op := uring.Op{Kind: uring.OpCopy, Off: int64(r.Cmd.SLBA() << n.lbads), Data: data, Control: control(r.Cmd.DW(12))}
+	r.complete(statusOf(op.Do(n.dev)), 0)
+}
+
+// control is what of a command's CDW12 a drive is told too.
+func control(dw12 uint32) uint16 { return uint16(dw12 & handOn >> 16) }
 
 // window is how many device operations of one command are in flight together.
 const window = 8
@@ -237,6 +307,7 @@ type stream struct {
 	ns        *namespace
 	op        uint8
 	off, left int64 // the part not yet started
+	control   uint16
 	err       error // the first
 
 	ops        [window]uring.Op
@@ -246,8 +317,8 @@ type stream struct {
 	filled     int
 }
 
-func (s *stream) reset(n *namespace, op uint8, off, length int64) {
-	s.ns, s.op, s.off, s.left, s.err = n, op, off, length, nil
+func (s *stream) reset(n *namespace, op uint8, off, length int64, dw12 uint32) {
+	s.ns, s.op, s.off, s.left, s.control, s.err = n, op, off, length, control(dw12), nil
 }
 
 func (s *stream) busy() int { return s.tail - s.head }
@@ -257,11 +328,18 @@ func (s *stream) start(kind uring.OpKind, b uring.Buf) {
 	i := s.tail % window
 	s.bufs[i] = b
 	op := &s.ops[i]
-	op.Kind, op.Off, op.Data = kind, s.off, b.Data
+	op.Kind, op.Off, op.Data, op.Control = kind, s.off, b.Data, s.control
 	s.off += int64(len(b.Data))
 	s.left -= int64(len(b.Data))
 	s.tail++
 	op.Start(s.ns.dev)
+}
+
+// whole does an operation without data on the range.
+func (s *stream) whole(kind uring.OpKind) error {
+	op := &s.ops[0]
+	op.Kind, op.Off, op.Len, op.Data, op.Control = kind, s.off, s.left, nil, s.control
+	return op.Do(s.ns.dev)
 }
 
 // retire waits for the oldest operation and returns its piece.
@@ -328,6 +406,10 @@ func (s *stream) Filled(n int) {
 	}
 	b := s.cur
 	s.cur, s.filled = uring.Buf{}, 0
+	if s.op == nvmeof.OpCompare && s.ns.forwards(nvmeof.ONCSCompare) {
+		s.start(uring.OpCompare, b)
+		return
+	}
 	if s.op == nvmeof.OpCompare {
 		if s.err == nil {
 			s.err = s.ns.compare(s.off, b.Data)

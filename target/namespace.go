@@ -1,11 +1,11 @@
 package target
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"log/slog"
 	"math/bits"
-	"path/filepath"
 	"sync"
 	"sync/atomic"
 
@@ -20,6 +20,7 @@ type namespace struct {
 	configs.Namespace
 	csi    nvmeof.CSI
 	dev    uring.Device
+	drive  *uring.Drive // block only: the NVMe drive that does the commands itself; nil on other devices
 	arena  *uring.Arena
 	store  *kvlayer.Store // Key Value only
 	blocks uint64         // logical blocks; of 4096 bytes for Key Value
@@ -38,13 +39,7 @@ type namespace struct {
 func openNamespace(c configs.Namespace, arena *uring.Arena, p *pool, log *slog.Logger) (*namespace, error) {
 	n := &namespace{Namespace: c, arena: arena, pool: p}
 	var err error
-	switch c.Device {
-	case configs.DeviceMemory:
-		n.dev, err = uring.NewMemory(int64(c.Size))
-	default:
-		n.dev, err = uring.OpenFile(filepath.Clean(c.Path), uring.FileOptions{Size: int64(c.Size), Arena: arena})
-	}
-	if err != nil {
+	if n.dev, err = openDevice(c, arena); err != nil {
 		return nil, fmt.Errorf("namespace %d: %w", c.NSID, err)
 	}
 	if n.inline = n.dev.View(0, 1) != nil; !n.inline {
@@ -65,6 +60,13 @@ func openNamespace(c configs.Namespace, arena *uring.Arena, p *pool, log *slog.L
 		n.ednek.Store(c.EDNEK)
 		n.store, err = kvlayer.Open(n.dev, arena, kvlayer.Options{MaxValue: int64(c.MaxValue), MaxKeys: int(c.MaxKeys), Log: log})
 	default:
+		if d, ok := n.dev.(*uring.NVMe); ok {
+			n.drive = d.Drive()
+			c.LBASize = cmp.Or(c.LBASize, configs.Size(n.drive.LBASize))
+			if int(c.LBASize) != n.drive.LBASize {
+				err = fmt.Errorf("%s has LBAs of %d bytes: leave lba_size out, or make it that", c.Path, n.drive.LBASize)
+			}
+		}
 		lba = uint64(c.LBASize)
 		if bs := n.dev.BlockSize(); int64(lba)%int64(bs) != 0 {
 			err = fmt.Errorf("%s needs blocks of %d bytes: lba_size = %d is too small", c.Path, bs, lba)
@@ -81,6 +83,21 @@ func openNamespace(c configs.Namespace, arena *uring.Arena, p *pool, log *slog.L
 	n.lbads = uint8(bits.TrailingZeros64(lba))
 	n.blocks = uint64(n.dev.Size()) >> n.lbads
 	return n, nil
+}
+
+// openDevice opens the device that a namespace is configured for.
+func openDevice(c configs.Namespace, arena *uring.Arena) (uring.Device, error) {
+	switch c.Device {
+	case configs.DeviceMemory:
+		return uring.NewMemory(int64(c.Size))
+	case configs.DeviceNVMe:
+		d, err := uring.OpenNVMe(c.Path, uring.NVMeOptions{Size: int64(c.Size), Arena: arena, Poll: c.Poll, Placement: int(c.Placement)})
+		if err != nil {
+			return nil, err // not a nil *NVMe
+		}
+		return d, nil
+	}
+	return uring.OpenFile(c.Path, uring.FileOptions{Size: int64(c.Size), Arena: arena})
 }
 
 // close waits for the commands in flight and closes store and device.
@@ -136,8 +153,12 @@ func (n *namespace) nsattr() uint8 {
 	return 0
 }
 
+// forwards tells whether the drive below does the commands of an ONCS bit itself.
+func (n *namespace) forwards(oncs uint16) bool { return n.drive != nil && n.drive.Has(oncs) }
+
 // statusOf is where the errors of store and device become NVMe statuses.
 func statusOf(err error) nvmeof.Status {
+	var drives nvmeof.Status
 	switch {
 	case err == nil:
 		return nvmeof.Success
@@ -153,6 +174,10 @@ func statusOf(err error) nvmeof.Status {
 		return nvmeof.UnrecoveredError | nvmeof.DNR
 	case errors.Is(err, errMiscompare):
 		return nvmeof.CompareFailure | nvmeof.DNR
+	case errors.Is(err, uring.ErrGone):
+		return nvmeof.NamespaceNotReady // until it is back
+	case errors.As(err, &drives) && drives.Code()>>8 != 1 && drives.Code()>>8 < 3:
+		return drives // of commands in general and of media; others are about our path to the drive, or the vendor's own
 	case errors.Is(err, uring.ErrMedia):
 		return nvmeof.UnrecoveredReadError
 	}

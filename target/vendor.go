@@ -17,11 +17,7 @@ func existMany(r *Request) {
 		r.fail(nvmeof.InvalidField)
 		return
 	}
-	if r.ranges == nil {
-		r.ranges = new(ranges)
-	}
-	r.ranges.n = 0
-	r.receive(n, r.ranges, lookUp)
+	r.receive(n, r.list(), lookUp)
 }
 
 func lookUp(r *Request) {

@@ -136,7 +136,7 @@ func (o *Op) check(size, align int64, kinds kindSet) error {
 	case o.Kind != OpFlush && (o.Off < 0 || n < 0 || o.Off > size || n > size-o.Off):
 		return fmt.Errorf("uring: %w: %v of %d bytes at %d on a device of %d", ErrInvalid, o.Kind, n, o.Off, size)
 	case o.Kind == OpFlush:
-	case o.Kind == OpCopy && (len(o.Data) == 0 || len(o.Data)%copyDescSize != 0 || len(o.Data) > 256*copyDescSize):
+	case o.Kind == OpCopy && (len(o.Data) == 0 || len(o.Data)%nvmeof.CopyRangeSize != 0 || len(o.Data) > nvmeof.MaxCopyRanges*nvmeof.CopyRangeSize):
 		return fmt.Errorf("uring: %w: %d bytes are no source ranges of a copy", ErrInvalid, len(o.Data))
 	case (mem|n|o.Off)&(align-1) != 0:
 		return fmt.Errorf("uring: %w: %v of %d bytes at %d is not aligned to %d, or its memory is not", ErrInvalid, o.Kind, n, o.Off, align)

@@ -45,9 +45,8 @@ const (
 	scratchSize    = 4096            // bytes beside each slot: ranges or iovecs
 	longestWait    = 3 * time.Second // between looks for a drive that is gone
 
-	uringFixed   = 1 << 0 // IORING_URING_CMD_FIXED
-	dsmAD        = 1 << 2 // Dataset Management, CDW11: deallocate
-	copyDescSize = 32     // of a Copy source range, format 0
+	uringFixed = 1 << 0 // IORING_URING_CMD_FIXED
+	dsmAD      = 1 << 2 // Dataset Management, CDW11: deallocate
 )
 
 // NVMe is a Device on an NVMe namespace, driven by NVMe commands (IORING_OP_URING_CMD).
@@ -296,7 +295,7 @@ func (d *NVMe) prepare(e *giouring.SubmissionQueueEntry, i uint32, s *slot) {
 		d.data(e, c, s, o.Data)
 		lba := uint64(o.Off) >> d.lbads
 		c.cdw[0], c.cdw[1] = uint32(lba), uint32(lba>>32)
-		c.cdw[2] = control | uint32(len(o.Data)/copyDescSize-1)&0xFF
+		c.cdw[2] = control | uint32(len(o.Data)/nvmeof.CopyRangeSize-1)&0xFF
 	}
 }
 

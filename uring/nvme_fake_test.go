@@ -260,7 +260,7 @@ func (f *fakeDrive) execute(e *wideEntry) int32 {
 	case nvmeof.OpDSM:
 		return f.deallocate(c)
 	case nvmeof.OpCopy:
-		for b := c.data[0]; len(b) > 0; b = b[copyDescSize:] {
+		for b := c.data[0]; len(b) > 0; b = b[nvmeof.CopyRangeSize:] {
 			from, k := int64(binary.LittleEndian.Uint64(b[8:]))*f.lba, (int64(binary.LittleEndian.Uint16(b[16:]))+1)*f.lba
 			copy(f.mem[off:][:k], f.mem[from:][:k])
 			off += k

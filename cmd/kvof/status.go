@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -220,6 +221,9 @@ func namespaceRow(n *target.NamespaceStatus) string {
 	if n.ReadOnly {
 		state += ", read-only"
 	}
+	if n.Device.Gone {
+		state += ", drive gone"
+	}
 	device := n.Device.Kind
 	if n.Device.Path != "" {
 		device += " " + n.Device.Path
@@ -227,7 +231,16 @@ func namespaceRow(n *target.NamespaceStatus) string {
 	if n.State != target.NamespaceServed {
 		return fmt.Sprintf("%d\t%s\t%s\t\t\t\t\t%s", n.NSID, n.Type, state, device)
 	}
-	if n.Device.Direct {
+	if n.Device.Kind == string(configs.DeviceNVMe) {
+		for _, f := range []string{"iopoll", "registered_file"} {
+			if slices.Contains(n.Device.Features, f) {
+				device += ", " + strings.ReplaceAll(f, "_", " ")
+			}
+		}
+		if n.Device.Placements > 0 {
+			device += fmt.Sprintf(", %d placement handles", n.Device.Placements)
+		}
+	} else if n.Device.Direct {
 		device += ", direct I/O"
 	} else if n.Device.Kind != string(configs.DeviceMemory) {
 		device += ", page cache"

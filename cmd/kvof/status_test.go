@@ -36,6 +36,8 @@ func (statusSource) Status() target.Status {
 				Commands: []target.CommandStats{{Name: "store", Errors: 1, Latency: hist}, {Name: "retrieve"}}},
 			{NSID: 2, Type: configs.Block, State: target.NamespaceServed, Capacity: 4 << 30, ReadOnly: true, Device: uring.DeviceInfo{Kind: "memory"}},
 			{NSID: 3, Type: configs.Block, State: target.NamespaceFailed, Error: "namespace 3: no such drive", Device: uring.DeviceInfo{Kind: "block", Path: "/dev/sdz"}},
+			{NSID: 4, Type: configs.Block, State: target.NamespaceServed, Capacity: 4 << 30, Device: uring.DeviceInfo{Kind: "nvme", Path: "/dev/ng0n1", Direct: true,
+				Registered: 1, Features: []string{"passthrough", "nodrop", "registered_file", "iopoll"}, Placements: 8, Gone: true}},
 		}}},
 		Controllers: []target.ControllerStatus{{CNTLID: 1, HostNQN: "nqn.2014-08.org.nvmexpress:uuid:h\x1b[2J", Subsystem: "nqn.2026-11.dev.kvof:embedded",
 			KATO: 5000, Since: time.Now(), Queues: []target.QueueStatus{{Peer: "192.0.2.1:40000"}, {QID: 1, InFlight: 4, Peer: "192.0.2.1:40001"}}}},
@@ -64,10 +66,11 @@ PORT  TRANSPORT  ADDRESS         SERVES
 2     tcp        127.0.0.1:8009  discovery
 
 Subsystem nqn.2026-11.dev.kvof:embedded (any host)
-NSID  TYPE   STATE              USED     CAPACITY  FULL            KEYS   DEVICE
-1     kv     served             4.0 GiB  16 GiB    ###....... 25%  2,048  file kv.img, direct I/O, registered buffers
-2     block  served, read-only           4.0 GiB                          memory
-3     block  failed                                                       block /dev/sdz
+NSID  TYPE   STATE               USED     CAPACITY  FULL            KEYS   DEVICE
+1     kv     served              4.0 GiB  16 GiB    ###....... 25%  2,048  file kv.img, direct I/O, registered buffers
+2     block  served, read-only            4.0 GiB                          memory
+3     block  failed                                                        block /dev/sdz
+4     block  served, drive gone           4.0 GiB                          nvme /dev/ng0n1, iopoll, registered file, 8 placement handles, registered buffers
   ! namespace 1: the drive is slow: buy another
   ! namespace 3: no such drive
 
