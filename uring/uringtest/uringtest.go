@@ -41,18 +41,25 @@ type Device struct {
 	hook    func(*uring.Op) Fault
 	running sync.WaitGroup
 
-	mu     sync.Mutex
+	*power
+	// Under power.mu:
 	queue  []flight
-	count  int  // of ops queued
-	busy   bool // the goroutine runs
-	life   int  // counts Restarts: an op ends in the life in which it began
-	off    bool
-	cut    int // writes to carry out until the cut, this one torn; 0: none is planned
-	power  bool
-	rnd    *rand.Rand // what the cut does
-	flying []*write   // submitted
-	cache  []*write   // carried out since the last flush
-	seq    uint64     // of the newest in cache
+	count  int      // of ops queued
+	busy   bool     // the goroutine runs
+	flying []*write // submitted
+	cache  []*write // carried out since the last flush
+	seq    uint64   // of the newest in cache
+}
+
+// power is what devices have that end together.
+type power struct {
+	mu   sync.Mutex
+	devs []*Device
+	life int // counts Restarts: an op ends in the life in which it began
+	off  bool
+	cut  int // writes to carry out until the cut, this one torn; 0: none is planned
+	loss bool
+	rnd  *rand.Rand // what the cut does
 }
 
 // flight is an op in flight.
@@ -79,7 +86,19 @@ func Wrap(dev uring.Device, hook func(*uring.Op) Fault) *Device {
 	if hook == nil {
 		hook = func(*uring.Op) Fault { return Fault{} }
 	}
-	return &Device{Device: dev, hook: hook}
+	d := &Device{Device: dev, hook: hook, power: new(power)}
+	d.devs = []*Device{d}
+	return d
+}
+
+// Together lets devices that are not in use end together: what CutAfter, Cut, Off
+// and Restart do and tell of one of them holds for all, and the writes of all
+// count.
+func Together(devs ...*Device) {
+	for _, d := range devs {
+		d.power = devs[0].power
+	}
+	devs[0].devs = devs
 }
 
 const (
@@ -100,40 +119,42 @@ func (d *Device) BlockSize() int {
 
 // CutAfter plans the end: the n-th write from now on, 1 or more, is the last
 // that is begun to be carried out. Of it, and of each write in flight then,
-// nothing, all, or any of its sectors has reached the device; at a power cut the
+// nothing, all, or any of its sectors has reached the device; with a loss of power the
 // same goes for each write from now on that no flush has covered. All ops
 // complete with ErrOff from there on. The outcome depends on seed and on the ops.
 // Discard and Zero count as writes of zeroes.
-func (d *Device) CutAfter(n int, power bool, seed uint64) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.cut, d.power, d.rnd = n, power, rand.New(rand.NewPCG(seed, 0))
+func (p *power) CutAfter(n int, loss bool, seed uint64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.cut, p.loss, p.rnd = n, loss, rand.New(rand.NewPCG(seed, 0))
 }
 
 // Cut carries out the end that CutAfter planned now, if it has not come yet.
-func (d *Device) Cut() {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.rnd != nil && !d.off {
-		d.end()
+func (p *power) Cut() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.rnd != nil && !p.off {
+		p.end()
 	}
 }
 
 // Off tells whether the cut has come.
-func (d *Device) Off() bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.off
+func (p *power) Off() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.off
 }
 
 // Restart lets the device work again, with what the cut left on it, and plans
 // no cut. What is still in flight of the time before is lost.
-func (d *Device) Restart() {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.life++
-	d.off, d.cut, d.rnd = false, 0, nil
-	d.flying, d.cache = nil, nil
+func (p *power) Restart() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.life++
+	p.off, p.cut, p.rnd = false, 0, nil
+	for _, d := range p.devs {
+		d.flying, d.cache = nil, nil
+	}
 }
 
 // Submit implements uring.Device.
@@ -247,7 +268,7 @@ func (d *Device) write(w *write, f *Fault) error {
 		w.new = aligned(w.new)
 		f.Corrupt(w.new)
 	}
-	if d.rnd != nil && d.power {
+	if d.rnd != nil && d.loss {
 		w.new, w.old = aligned(w.new), aligned(w.new)
 		if err := d.transfer(uring.OpRead, w.off, w.old); err != nil {
 			return err
@@ -269,31 +290,37 @@ func (d *Device) transfer(kind uring.OpKind, off int64, b []byte) error {
 	return (&uring.Op{Kind: kind, Off: off, Data: b}).Do(d.Device)
 }
 
-// end leaves on the device what a cut leaves.
-func (d *Device) end() {
-	d.off = true
-	for _, w := range slices.Backward(d.cache) { // what was durable
-		d.must(d.transfer(uring.OpWrite, w.off, w.old))
+// end leaves on the devices what a cut leaves.
+func (p *power) end() {
+	p.off = true
+	for _, d := range p.devs {
+		for _, w := range slices.Backward(d.cache) { // what was durable
+			d.must(d.transfer(uring.OpWrite, w.off, w.old))
+		}
+		for _, w := range append(d.cache, d.flying...) {
+			d.leave(w)
+		}
+		d.cache, d.flying = nil, nil
 	}
-	for _, w := range append(d.cache, d.flying...) {
-		switch d.rnd.IntN(4) {
-		case 0: // lost
-		case 1: // cut off
-			d.must(d.transfer(uring.OpWrite, w.off, aligned(w.new[:d.rnd.IntN(len(w.new)/sector+1)*sector])))
-		case 2: // any of its sectors
-			b := aligned(w.new)
-			d.must(d.transfer(uring.OpRead, w.off, b))
-			for i := 0; i+sector <= len(b); i += sector {
-				if d.rnd.IntN(2) == 0 {
-					copy(b[i:i+sector], w.new[i:])
-				}
+}
+
+// leave leaves of a write what chance says.
+func (d *Device) leave(w *write) {
+	b := aligned(w.new)
+	switch d.rnd.IntN(4) {
+	case 0: // lost
+		return
+	case 1: // cut off
+		b = b[:d.rnd.IntN(len(b)/sector+1)*sector]
+	case 2: // any of its sectors
+		d.must(d.transfer(uring.OpRead, w.off, b))
+		for i := 0; i+sector <= len(b); i += sector {
+			if d.rnd.IntN(2) == 0 {
+				copy(b[i:i+sector], w.new[i:])
 			}
-			d.must(d.transfer(uring.OpWrite, w.off, b))
-		default:
-			d.must(d.transfer(uring.OpWrite, w.off, aligned(w.new)))
 		}
 	}
-	d.cache, d.flying = nil, nil
+	d.must(d.transfer(uring.OpWrite, w.off, b))
 }
 
 func (d *Device) must(err error) {

@@ -243,6 +243,24 @@ func TestPlan(t *testing.T) {
 	}
 }
 
+func TestTogether(t *testing.T) {
+	a, b := Wrap(memory(t, 2*block), nil), Wrap(memory(t, 2*block), nil)
+	Together(a, b)
+	defer a.Close()
+	defer b.Close()
+	write := func(d *Device) error { return (&uring.Op{Kind: uring.OpWrite, Data: make([]byte, block)}).Do(d) }
+	a.CutAfter(3, true, 1)
+	for i, want := range []error{nil, nil, ErrOff, ErrOff} {
+		if err := write([]*Device{a, b}[i%2]); !errors.Is(err, want) || a.Off() != b.Off() {
+			t.Errorf("write %d: %v", i, err)
+		}
+	}
+	b.Restart()
+	if err := errors.Join(write(a), write(b)); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestOvertaking shows that ops submitted together are carried out in another order.
 func TestOvertaking(t *testing.T) {
 	p := NewPlan(1)
