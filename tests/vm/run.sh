@@ -8,7 +8,8 @@
 #       fdp=HANDLES (reclaim unit handles; none) and bad=SECTOR (its reads are media errors; none)
 #   -2  boots a second guest, the peer, on the same Ethernet segment, for scripts with `peer COMMAND`
 #   -v  also shows the kernel's console
-# NAME=VALUE reaches the scripts after it as a variable. KVOF is the binary the guest gets (default bin/kvof).
+# NAME=VALUE reaches the scripts after it as a variable. KVOF is the binary the guest gets (default bin/kvof, or
+# bin/kvof-arm64).
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -27,14 +28,22 @@ done
 shift $((OPTIND - 1))
 [ $# -ge 2 ] || { sed -n 's/^# //; 2p' "$0" >&2; exit 2; }
 image=$("$here/setup.sh" "$1")
+if [ "$1" = arm64 ]; then
+	suffix=-arm64 GOARCH=arm64
+	machine=(qemu-system-aarch64 -M virt,gic-version=3 -cpu cortex-a72) tty=ttyAMA0
+else
+	suffix= GOARCH=amd64
+	# Without its carry-less multiplication: emulated, it makes soft-RoCE's checksum slower.
+	machine=(qemu-system-x86_64 -M q35 -cpu max,-pclmulqdq) tty=ttyS0
+fi
 shift
 
 tmp=$(mktemp -d)
 trap 'kill $(jobs -p) 2> /dev/null; rm -rf "$tmp"' EXIT
 mkdir -p "$tmp/job/vm"
 cp "$here"/guest/{init,lib.sh,peer.sh} "$tmp/job/vm/"
-(cd "$here" && CGO_ENABLED=0 go build -o "$tmp/job/vm/helper" ./guest/helper)
-kvof=${KVOF:-$here/../../bin/kvof}
+(cd "$here" && GOARCH=$GOARCH CGO_ENABLED=0 go build -ldflags=-checklinkname=0 -o "$tmp/job/vm/helper" ./guest/helper)
+kvof=${KVOF:-$here/../../bin/kvof$suffix}
 [ ! -e "$kvof" ] || cp "$kvof" "$tmp/job/vm/kvof"
 
 # The guest's plan: in each line what env takes.
@@ -73,7 +82,7 @@ for i in "${!drives[@]}"; do drive "$i" "${drives[i]}"; done
 
 # hardened_usercopy: Linux 6.1 takes a socket's data for an overrun, and stops the reader, when it comes from
 # a huge page of a host on the same machine.
-append=(console=ttyS0 quiet panic=-1 mitigations=off random.trust_cpu=on audit=0 apparmor=0 nowatchdog
+append=(console=$tty quiet panic=-1 mitigations=off random.trust_cpu=on audit=0 apparmor=0 nowatchdog
 	no_timer_check tsc=reliable hardened_usercopy=off rcupdate.rcu_cpu_stall_suppress=1)
 
 # boot NAME QEMU_OPTION... The guest's ports: its output, the number of scripts that failed, QEMU's monitor, and the
@@ -84,8 +93,8 @@ boot() {
 	[ "$name" = guest ] || append+=("$name")
 	cp --sparse=always "$image/disk" "$tmp/$name.disk"
 	timeout --foreground -k 5 "$limit" "$image/qemu/usr/lib64/ld-linux-x86-64.so.2" --library-path "$image/qemu/usr/lib/x86_64-linux-gnu" \
-		"$image/qemu/usr/bin/qemu-system-x86_64" -L "$image/qemu/usr/share/qemu" -L "$image/qemu/usr/share/seabios" \
-		-accel tcg,thread=multi -M q35 -cpu max,-pclmulqdq -smp "$cpus" -m "$memory" \
+		"$image/qemu/usr/bin/${machine[0]}" "${machine[@]:1}" -L "$image/qemu/usr/share/qemu" -L "$image/qemu/usr/share/seabios" \
+		-accel tcg,thread=multi -smp "$cpus" -m "$memory" \
 		-nodefaults -no-user-config -display none -no-reboot -nic none -serial "$console" \
 		-kernel "$image/kernel" -initrd "$tmp/initrd" -append "${append[*]}" \
 		-drive "file=$tmp/$name.disk,if=virtio,format=raw,cache=unsafe,discard=unmap" -device virtio-rng-pci \

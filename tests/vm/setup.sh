@@ -5,8 +5,9 @@
 #   6.1    Debian 12
 #   6.12   Debian 13
 #   latest Debian 13 with the newest kernel of its backports
-# Its folder holds the kernel, an initrd that does no more than mount the disk, the disk, the name
-# of its architecture and the QEMU that runs it, which is Debian 13's own whatever this machine is.
+#   arm64  Debian 13 for that architecture
+# Its folder holds the kernel, an initrd that does no more than mount the disk, the disk, and the
+# QEMU that runs it, which is Debian 13's own whatever this machine is.
 # Folders are kept in ${XDG_CACHE_HOME:-~/.cache}/kvof/vm, one for each kernel and version of this
 # file; a folder that exists is complete. Needs root, and the machine's own apt sources.
 set -euo pipefail
@@ -19,10 +20,12 @@ modules=(virtio_rng virtio_console virtio_net veth sch_netem
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/kvof/vm
 recipe=$(sha256sum "$0" | cut -c1-12)
 
+# What makes guests, and builds what runs in them.
 install_tools() {
-	type -P mmdebstrap cpio depmod mke2fs xz zstd > /dev/null && return
+	type -P mmdebstrap cpio depmod mke2fs xz zstd gcc aarch64-linux-gnu-gcc > /dev/null && [ -e /usr/include/rdma/rdma_cma.h ] && return
 	apt-get update -qq
-	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends mmdebstrap cpio kmod e2fsprogs xz-utils zstd
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends mmdebstrap cpio kmod e2fsprogs xz-utils zstd \
+		gcc libc6-dev gcc-aarch64-linux-gnu libc6-dev-arm64-cross libibverbs-dev librdmacm-dev
 }
 
 # mirror prints the address this machine takes Debian from.
@@ -32,14 +35,14 @@ mirror() {
 		'Created-By: Packages' 'Origin: Debian' "Codename: $VERSION_CODENAME" | head -1 | grep .
 }
 
-# unpack ROOT PACKAGES SUITE...: packages are only unpacked, nothing of them is run.
+# unpack ROOT ARCHITECTURE PACKAGES SUITE...: packages are only unpacked, nothing of them is run.
 unpack() {
-	local root=$1 packages=$2 from sources=() s
+	local root=$1 architecture=$2 packages=$3 from sources=() s
 	from=$(mirror)
-	shift 2
+	shift 3
 	for s; do sources+=("deb $from $s main"); done
 	apt-config dump | grep -i '^Acquire::.*proxy' > "$root.apt" || true
-	mmdebstrap --quiet --variant=extract --aptopt="$root.apt" --include="$packages" "$1" "$root" "${sources[@]}"
+	mmdebstrap --quiet --variant=extract --architectures="$architecture" --aptopt="$root.apt" --include="$packages" "$1" "$root" "${sources[@]}"
 	rm -rf "$root"/usr/share/{doc,man,locale,zoneinfo,perl*,bash-completion,info,lintian} \
 		"$root"/usr/lib/{python3*,systemd} "$root"/var/{cache,lib/apt,lib/dpkg}
 }
@@ -97,21 +100,22 @@ make_initrd() { # ROOT VERSION FOLDER
 }
 
 build_qemu() {
-	unpack "$work/qemu" qemu-system-x86 trixie
+	unpack "$work/qemu" amd64 qemu-system-x86,qemu-system-arm trixie
 }
 
 build_guest() {
 	local root=$work/root image=$work/guest version
 	mkdir "$image"
 	case $1 in
-	6.1) unpack "$root" "$packages,linux-image-amd64" bookworm ;;
-	6.12) unpack "$root" "$packages,linux-image-amd64" trixie ;;
-	latest) unpack "$root" "$packages,linux-image-amd64/trixie-backports" trixie trixie-backports ;;
-	*) echo "setup.sh: unknown kernel $1: 6.1, 6.12 or latest" >&2; return 2 ;;
+	6.1) unpack "$root" amd64 "$packages,linux-image-amd64" bookworm ;;
+	6.12) unpack "$root" amd64 "$packages,linux-image-amd64" trixie ;;
+	latest) unpack "$root" amd64 "$packages,linux-image-amd64/trixie-backports" trixie trixie-backports ;;
+	arm64) unpack "$root" arm64 "$packages,linux-image-arm64" trixie ;;
+	*) echo "setup.sh: unknown kernel $1: 6.1, 6.12, latest or arm64" >&2; return 2 ;;
 	esac
 	version=$(basename "$root"/lib/modules/*)
 	mv "$root"/boot/vmlinuz-* "$work/vmlinuz" 2> /dev/null || mv "$root/lib/modules/$version/vmlinuz" "$work/vmlinuz"
-	extract "$work/vmlinuz" > "$image/kernel"
+	if [ "$1" = arm64 ]; then mv "$work/vmlinuz" "$image/kernel"; else extract "$work/vmlinuz" > "$image/kernel"; fi
 	rm -rf "$root"/boot/* "$root/lib/modules/$version/System.map"
 	keep_modules "$root" "$version"
 	make_initrd "$root" "$version" "$work/initrd" > "$image/initrd"
@@ -124,7 +128,6 @@ build_guest() {
 # make NAME COMMAND...: the folder NAME, which the command makes in $work.
 make() {
 	[ -d "$cache/$1-$recipe" ] && return
-	install_tools >&2
 	work=$cache/build
 	rm -rf "$work"
 	mkdir "$work"
@@ -133,6 +136,7 @@ make() {
 	rm -rf "$work"
 }
 
+install_tools >&2
 mkdir -p "$cache"
 exec 9> "$cache/lock"
 for kernel; do

@@ -78,15 +78,14 @@ peer() {
 	[ "$status" = 0 ] || die "the peer: $*"
 }
 
-# lose_link SECONDS: for that long nothing that one of two guests sends reaches the other. Returns at once.
+# lose_link: from now on nothing that one of two guests sends reaches the other, until return_link.
 # (An interface that is set down leaves soft-RoCE's connection manager stuck.)
 lose_link() {
-	peer "drop_packets $1 &"
-	drop_packets $1 &
-}
-drop_packets() {
+	peer 'tc qdisc add dev eth0 root netem loss 100%'
 	tc qdisc add dev eth0 root netem loss 100%
-	sleep $1
+}
+return_link() {
+	peer 'tc qdisc del dev eth0 root'
 	tc qdisc del dev eth0 root
 }
 
@@ -137,7 +136,7 @@ configure() {
 		address = "$ip:$io"
 
 		[discovery]
-		address = ["127.0.0.1:8009"]
+		address = ["$ip:8009"]
 
 		[[subsystem]]
 		nqn = "$disks"
@@ -158,10 +157,11 @@ configure() {
 	namespace 2 block memory '' 256MiB 4096
 }
 
-# namespace NSID TYPE DEVICE PATH SIZE [LBA_SIZE]
+# namespace NSID TYPE DEVICE PATH [SIZE [LBA_SIZE]]
 namespace() {
-	printf '\n[[subsystem.namespace]]\nnsid = %s\ntype = "%s"\ndevice = "%s"\nsize = "%s"\n' "$1" "$2" "$3" "$5"
+	printf '\n[[subsystem.namespace]]\nnsid = %s\ntype = "%s"\ndevice = "%s"\n' "$1" "$2" "$3"
 	[ -z "$4" ] || echo "path = \"$4\""
+	[ -z "${5:-}" ] || echo "size = \"$5\""
 	[ -z "${6:-}" ] || echo "lba_size = $6"
 }
 
@@ -182,6 +182,7 @@ start_target() {
 }
 kill_target() { kill "-$1" $target; wait $target || true; }
 status() { /vm/kvof status --json "$@"; }
+has_controllers() { [ "$(status | jq '.controllers | length')" = "$1" ]; } # COUNT
 
 # ---- the host
 

@@ -19,14 +19,13 @@ cycle() {
 }
 resident() { awk '/^VmRSS/ {print $2}' /proc/$target/status; } # KiB
 descriptors() { ls /proc/$target/fd | wc -l; }
-idle() { [ "$(status | jq '.controllers | length')" = 0 ]; }
 
 it '200 connects and disconnects, ten at a time, leak no memory, descriptor or controller'
 cycle 2
-wait_for 10 idle
+wait_for 10 has_controllers 0
 fds=$(descriptors) memory=$(resident)
 cycle 18
-wait_for 10 idle
+wait_for 10 has_controllers 0
 wait_for 10 test "$(descriptors)" -le "$fds"
 echo "resident memory: $memory KiB before, $(resident) KiB after"
 [ "$(resident)" -le $((memory + 8192)) ]

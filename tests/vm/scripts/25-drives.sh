@@ -1,0 +1,73 @@
+# On emulated NVMe drives: see tests/vm/test.sh.
+. /vm/lib.sh
+ng() { echo "/dev/$(drive "$1" | sed s/nvme/ng/)n1"; }
+drives=nqn.2026-11.dev.kvof:drives
+{
+	configure
+	printf '\n[[subsystem]]\nnqn = "%s"\nallow_any_host = true\n' $drives
+	namespace 1 kv nvme "$(ng drive0)"    # LBAs of 4096 bytes
+	namespace 2 block nvme "$(ng drive1)" # 32 KiB in one command
+	namespace 3 block nvme "$(ng drive2)" # flexible data placement
+	echo 'placement = 2'
+	namespace 4 block nvme "$(ng drive3)" # a sector that cannot be read
+} > kvof.toml
+start_target
+connect $drives
+kv=$(generic $drives 1)
+for nsid in 2 3 4; do disk[nsid]=$(block $drives $nsid); done
+
+it 'Key Value on a drive: values up to one command come back, also after a restart'
+for size in 1 4096 $((largest / 4 + 1)) $largest; do
+	head -c $size /dev/urandom > v$size
+	store "a$(printf %07x $size)" v$size
+	answers 0
+done
+values() {
+	for size in 1 4096 $((largest / 4 + 1)) $largest; do
+		retrieve "a$(printf %07x $size)" $size
+		answers 0 $size
+		same out v$size
+	done
+}
+values
+
+it 'block namespaces are whole drives: size, LBA format, and larger commands than the drive takes'
+for nsid in 2 3 4; do
+	local=/dev/$(drive drive$((nsid - 1)))n1
+	wait_for 10 sized "${disk[nsid]}" "$(blockdev --getsize64 "$local")"
+	[ "$(blockdev --getss "${disk[nsid]}")" = "$(blockdev --getss "$local")" ]
+done
+for nsid in 2 3; do
+	fio --name=verify --filename="${disk[nsid]}" --direct=1 --ioengine=io_uring --iodepth=8 --rw=randwrite --bsrange=4k-1m \
+		--size=64m --verify=crc32c --verify_fatal=1 --output=fio.log
+done
+
+it 'a media error stays one, and its neighbours are read'
+nvme read "${disk[4]}" --start-block=204792 --block-count=7 --data-size=4096 --data=out
+fails nvme read "${disk[4]}" --start-block=204800 --block-count=7 --data-size=4096 --data=out 2> error
+cat error
+grep -i 'unrecovered read error\|0x281\|0x4281' error
+nvme read "${disk[4]}" --start-block=204808 --block-count=7 --data-size=4096 --data=out
+
+it 'a drive that is taken out under load is an error of its namespace only, until it is back'
+fio --name=lost --filename="${disk[2]}" --direct=1 --ioengine=io_uring --iodepth=8 --rw=randwrite --bs=64k --time_based --runtime=60 \
+	--output=lost.log &
+lost=$!
+sleep 2
+remove_drive drive1
+fails wait $lost
+values
+kill -0 $target
+insert_drive drive1
+back() { dd if="${disk[2]}" of=/dev/null bs=4096 count=1 iflag=direct; }
+wait_for 30 back
+fio --name=verify --filename="${disk[2]}" --direct=1 --ioengine=io_uring --iodepth=8 --rw=randwrite --bsrange=4k-1m \
+	--size=16m --verify=crc32c --verify_fatal=1 --output=fio.log
+
+it 'values are on the drive after a restart'
+nvme disconnect-all
+kill_target TERM
+start_target
+connect $drives
+kv=$(generic $drives 1)
+values
