@@ -19,16 +19,17 @@
  * Nothing here is an error of the caller's hot path: a target that is dead, slow, full or unknown makes ops end with
  * statuses, within the time-outs of struct kvof_options; connections come back by themselves.
  *
- * Memory. Data moves between the caller's memory and the network without a copy. From kvof_submit until the batch's
- * completion (or the end of kvof_close) the ops and their data belong to the library; the batch itself, keys and
- * struct kvof_iov arrays may be reused as soon as kvof_submit returns. What a failed KVOF_GET leaves in its memory is undefined.
+ * Memory. Data moves between the caller's memory and the network without a copy. From kvof_submit on an op and its data
+ * belong to the library, until its status is no longer KVOF_PENDING, as it is for all ops when the batch's completion arrives or
+ * kvof_close returns. The batch itself, keys and struct kvof_iov arrays may be reused as soon as kvof_submit returns. What a failed
+ * KVOF_GET leaves in its memory is undefined, as is what lies behind a value that is smaller than its memory.
  *
  * Threads. All functions may be called by any thread at any time, but for kvof_close and kvof_queue_close, after whose start
  * the handle must not be used. kvof_submit, kvof_poll, kvof_counters and kvof_key never block.
  * kvof_open, kvof_wait, kvof_close and kvof_queue_close may, for the times that they name.
  *
  * Processes. The library contains the Go runtime, which does not survive fork(): in a child of a process that has loaded the
- * library every function returns KVOF_FORKED. Load it after the fork, or start children with exec. It is never unloaded.
+ * library every function returns KVOF_FORKED (those that return a number, 0). Load it after the fork, or start children with exec. It is never unloaded.
  * docs/shim.md says what the runtime costs.
  *
  * Layout. 64-bit Linux, little-endian. Structures whose first member is size are extended at their end only: the caller sets

@@ -81,9 +81,10 @@ type Client struct {
 	unlink context.CancelFunc
 	wg     sync.WaitGroup // goroutines but those of lines
 
-	inflight atomic.Int64
+	inflight atomic.Int64 // operations
+	batches  atomic.Int64 // whose OnDone has not returned
 	closed   atomic.Bool
-	idle     chan struct{} // cap 1: inflight may have become 0
+	idle     chan struct{} // cap 1: batches may have become 0
 	news     chan struct{} // cap 1: something about the targets changed
 
 	mu      sync.Mutex
@@ -257,23 +258,24 @@ func (c *Client) setPaths(t *target, specs []pathSpec) {
 	}
 }
 
+// MaxOps is how many operations can be in flight, and so in one batch.
+func (c *Client) MaxOps() int { return c.opts.MaxOps }
+
 // Key maps a caller's key to an NVMe key.
 func (c *Client) Key(b []byte) (keys.Key, error) { return c.scheme.Key(b) }
 
 // Submit starts a batch. It never waits. An error means that the batch was not taken.
 func (c *Client) Submit(b *Batch) error {
-	n := int64(len(b.Ops))
-	if c.inflight.Add(n) > int64(c.opts.MaxOps) {
-		c.done(n)
-		return ErrAgain
-	}
+	c.batches.Add(1)
 	if c.closed.Load() {
-		c.done(n)
+		c.released()
 		return ErrClosed
 	}
-	if n == 0 {
-		b.OnDone(b)
-		return nil
+	n := int64(len(b.Ops))
+	if c.inflight.Add(n) > int64(c.opts.MaxOps) {
+		c.inflight.Add(-n)
+		c.released()
+		return ErrAgain
 	}
 	// One more than there are, so that the batch is not over while it is being started.
 	b.left.Store(n + 1)
@@ -316,10 +318,16 @@ func (c *Client) Submit(b *Batch) error {
 			set[t].lookups.add(l)
 		}
 	}
+	c.step(b)
+	return nil
+}
+
+// step ends one of those that a batch waits for.
+func (c *Client) step(b *Batch) {
 	if b.left.Add(-1) == 0 {
 		b.OnDone(b)
+		c.released()
 	}
-	return nil
 }
 
 // owner is the index of the target that a key belongs to, -1 if there is none.
@@ -336,9 +344,9 @@ func owner(set []*target, key []byte) int {
 	return at
 }
 
-// done counts operations as ended.
-func (c *Client) done(n int64) {
-	if c.inflight.Add(-n) == 0 && c.closed.Load() {
+// released counts a batch as returned.
+func (c *Client) released() {
+	if c.batches.Add(-1) == 0 && c.closed.Load() {
 		select {
 		case c.idle <- struct{}{}:
 		default:
@@ -352,7 +360,7 @@ func (c *Client) Close() {
 		return
 	}
 	c.cancel(ErrClosed)
-	for c.inflight.Load() > 0 {
+	for c.batches.Load() > 0 {
 		<-c.idle
 	}
 	c.mu.Lock() // assemble starts nothing any more

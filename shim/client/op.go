@@ -58,13 +58,11 @@ func (o *Op) end(s Status, detail uint32) {
 	o.Status, o.Detail = s, detail
 	clear(o.bufs)
 	c.count(o)
+	c.inflight.Add(-1)
 	if b.OnOp != nil {
 		b.OnOp(o)
 	}
-	if b.left.Add(-1) == 0 {
-		b.OnDone(b)
-	}
-	c.done(1)
+	c.step(b)
 }
 
 func (o *Op) cost() uint64 { return o.size }
