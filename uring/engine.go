@@ -1,6 +1,7 @@
 package uring
 
 import (
+	"cmp"
 	"fmt"
 	"math/bits"
 	"sync"
@@ -33,6 +34,7 @@ type engine struct {
 	ring   queues
 	polled bool // completions are found by asking, not announced
 	arena  *Arena
+	chunk  int // bytes of the arena registered together; 0: minChunk
 	pinned pins
 	reaped chan struct{} // closed when the completion goroutine has ended
 
@@ -438,7 +440,7 @@ func (p *pins) init(g *engine) {
 		p.warn(fmt.Sprintf("%s runs without registered buffers: the memlock limit is %d KiB and the arena has %d MiB; raise it (ulimit -l unlimited, LimitMEMLOCK=infinity)", g.path, limit>>10, size>>20))
 		return
 	}
-	p.chunk = minChunk
+	p.chunk = cmp.Or(g.chunk, minChunk)
 	for size > p.chunk*maxChunks {
 		p.chunk *= 2
 	}

@@ -80,13 +80,13 @@ func OpenNVMe(path string, o NVMeOptions) (*NVMe, error) {
 	if err != nil {
 		return nil, err
 	}
-	var d *NVMe
 	drive, err := identify(n)
 	if err == nil {
 		err = n.claim()
 	}
+	var d *NVMe
 	if err == nil {
-		d, err = newNVMe(n, drive, o, func(depth, flags uint32) (queues, []string, error) {
+		d, err = startNVMe(n, drive, o, func(depth, flags uint32) (queues, []string, error) {
 			r, err := newRing(depth, flags)
 			if err != nil {
 				return nil, nil, fmt.Errorf("uring: %w: %s", ErrUnavailable, explain(err))
@@ -99,10 +99,25 @@ func OpenNVMe(path string, o NVMeOptions) (*NVMe, error) {
 		return nil, err
 	}
 	d.find = findDrive
-	if err := d.probe(); err != nil {
-		return nil, errors.Join(err, d.Close())
-	}
 	return d, nil
+}
+
+// startNVMe makes the device and sees whether registered buffers work: before Linux 6.12 not as parts of something large.
+func startNVMe(n node, drive *Drive, o NVMeOptions, ring func(depth, flags uint32) (queues, []string, error)) (*NVMe, error) {
+	for _, chunk := range []int{minChunk, LargeBuf} {
+		d, err := newNVMe(n, drive, o, chunk, ring)
+		if err != nil {
+			return nil, err
+		}
+		if err = d.probe(); err == nil && (!d.unfixed || chunk == LargeBuf) {
+			return d, nil
+		}
+		d.end()
+		if err != nil {
+			return nil, err
+		}
+	}
+	panic("unreachable")
 }
 
 // probe reads the first blocks, so that what does not work here is known before it is needed: passthrough, and with
@@ -127,7 +142,7 @@ func (d *NVMe) probe() error {
 }
 
 // newNVMe makes the device; n stays the caller's if it fails.
-func newNVMe(n node, drive *Drive, o NVMeOptions, ring func(depth, flags uint32) (queues, []string, error)) (*NVMe, error) {
+func newNVMe(n node, drive *Drive, o NVMeOptions, chunk int, ring func(depth, flags uint32) (queues, []string, error)) (*NVMe, error) {
 	if err := drive.Unsupported(); err != nil {
 		return nil, err
 	}
@@ -147,7 +162,7 @@ func newNVMe(n node, drive *Drive, o NVMeOptions, ring func(depth, flags uint32)
 	if o.Arena != nil && o.Arena.Stats().HugePages {
 		d.limit = drive.MaxTransfer
 	}
-	d.engine = engine{path: drive.Path, size: size, align: int64(drive.LBASize), driver: d, arena: o.Arena, polled: o.Poll,
+	d.engine = engine{path: drive.Path, size: size, align: int64(drive.LBASize), driver: d, arena: o.Arena, chunk: chunk, polled: o.Poll,
 		kinds: fileKinds | kindsOf(OpCompare, OpVerify, OpCopy)}
 	for kind, oncs := range map[OpKind]uint16{OpCompare: nvmeof.ONCSCompare, OpVerify: nvmeof.ONCSVerify, OpCopy: nvmeof.ONCSCopy} {
 		if !drive.Has(oncs) {
@@ -366,7 +381,7 @@ func (d *NVMe) advance(s *slot, res int32) verdict {
 	case res == 0:
 		if s.plain && !d.unfixed {
 			d.unfixed = true
-			d.pinned.warn(d.path + " runs without registered buffers: with huge pages they need Linux 6.12")
+			d.pinned.warn(d.path + " runs without registered buffers: they need Linux 6.12, or memory that is not in huge pages")
 		}
 		if s.moved += s.now; s.now == 0 || s.moved >= s.n { // of a command for several ops all has moved
 			return ended
@@ -540,12 +555,17 @@ func (d *NVMe) Close() error {
 	}
 	d.mu.Unlock()
 	d.watching.Wait()
-	if !d.finishAll() {
+	if !d.end() || d.node == nil {
 		return nil
 	}
-	err := unix.Munmap(d.scratch)
-	if d.node != nil {
-		err = errors.Join(err, d.node.Close())
+	return d.node.Close()
+}
+
+// end is Close but for the drive.
+func (d *NVMe) end() bool {
+	if !d.finishAll() {
+		return false
 	}
-	return err
+	_ = unix.Munmap(d.scratch)
+	return true
 }

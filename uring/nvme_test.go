@@ -220,27 +220,31 @@ func TestNeighbours(t *testing.T) {
 	}
 }
 
-// TestRegisteredPassthrough wants registered buffers used, and done without where the kernel cannot.
+// TestRegisteredPassthrough wants registered buffers used, small ones where the kernel cannot have large ones, and done
+// without where it can have none.
 func TestRegisteredPassthrough(t *testing.T) {
-	for _, broken := range []bool{false, true} {
+	if memlockLimit() < 8<<20 {
+		t.Skip("memlock limit")
+	}
+	for _, c := range []struct {
+		fixable, chunk int
+		fixed          bool
+	}{{0, minChunk, true}, {LargeBuf, LargeBuf, true}, {4096, LargeBuf, false}} {
 		f := newFakeDrive(t, 512)
-		f.noFixed = broken
+		f.fixable = c.fixable
 		a := newArena(t, 8<<20)
-		if memlockLimit() < 8<<20 {
-			t.Skip("memlock limit")
-		}
 		d := f.openFor(t, NVMeOptions{Arena: a})
-		if err := d.probe(); err != nil {
-			t.Fatal(err)
-		}
-		f.commands = nil
-		o := Op{Kind: OpWrite, Data: a.mem[:4096]}
-		if err := o.Do(d); err != nil {
-			t.Fatal(err)
+		for range 2 { // the first use registers
+			f.commands = nil
+			o := Op{Kind: OpWrite, Data: a.mem[LargeBuf:][:4096]}
+			if err := o.Do(d); err != nil {
+				t.Fatal(err)
+			}
+			d.pinned.wait()
 		}
 		warned := strings.Contains(strings.Join(d.Info().Warnings, "\n"), "6.12")
-		if len(f.commands) != 1 || f.commands[0].fixed == broken || warned != broken {
-			t.Errorf("broken %v: %+v, warned %v", broken, f.commands, warned)
+		if len(f.commands) != 1 || f.commands[0].fixed != c.fixed || warned == c.fixed || d.pinned.chunk != c.chunk {
+			t.Errorf("%+v: %+v, warned %v, chunks of %d", c, f.commands, warned, d.pinned.chunk)
 		}
 	}
 }
@@ -413,7 +417,7 @@ func TestUnfit(t *testing.T) {
 	} {
 		d, o := fit, NVMeOptions{}
 		c.change(&d, &o)
-		n, err := newNVMe(newFakeDrive(t, 512), &d, o, nil)
+		n, err := newNVMe(newFakeDrive(t, 512), &d, o, minChunk, nil)
 		if err == nil || !strings.Contains(err.Error(), c.says) || n != nil {
 			t.Errorf("%s: %v", c.says, err)
 		}

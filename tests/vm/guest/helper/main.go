@@ -3,6 +3,8 @@
 //	helper uring-cmd DEVICE NSID OPCODE CDW2 CDW3 CDW10 CDW11 CDW12 CDW13 CDW14 CDW15 LENGTH FILE
 //	    sends one command by io_uring passthrough and prints its status and DW0, both in hexadecimal;
 //	    FILE holds, or gets, the LENGTH bytes of data, by the direction in the opcode
+//	helper engine DEVICE read|write SIZE DEPTH SECONDS [block] [poll] [whole]
+//	    measures kvof's engine on a drive; see engine
 //	helper uevents
 //	    prints the kernel's uevents, one per line, until it is killed
 package main
@@ -20,7 +22,7 @@ import (
 )
 
 func main() {
-	run := map[string]func(args []string) error{"uring-cmd": uringCmd, "uevents": uevents}[os.Args[1]]
+	run := map[string]func(args []string) error{"uring-cmd": uringCmd, "uevents": uevents, "engine": engine}[os.Args[1]]
 	if err := run(os.Args[2:]); err != nil {
 		fmt.Fprintln(os.Stderr, "helper:", err)
 		os.Exit(1)
