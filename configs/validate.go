@@ -132,23 +132,24 @@ func (d *decoder) addresses(c *Config) {
 	type bound struct {
 		path string
 		addr netip.AddrPort
+		rdma bool // its ports are others than those of TCP
 	}
 	var all []bound
 	for i, l := range c.Listeners {
 		path := index("listener", i)
 		d.port(path, l.Transport, l.Address)
-		all = append(all, bound{join(path, "address"), l.Address})
+		all = append(all, bound{join(path, "address"), l.Address, l.Transport == TransportRDMA})
 	}
 	for i, a := range c.Discovery.Addresses {
-		all = append(all, bound{index("discovery.address", i), a})
+		all = append(all, bound{index("discovery.address", i), a, false})
 	}
 	if len(all) == 0 {
 		d.errorf("listener", "no listener: add a [[listener]] with an address such as 127.0.0.1:4420")
 	}
-	all = append(all, bound{"management.listen", c.Management.Listen})
+	all = append(all, bound{"management.listen", c.Management.Listen, false})
 	for i, b := range all {
 		for _, a := range all[:i] {
-			if collide(a.addr, b.addr) {
+			if a.rdma == b.rdma && collide(a.addr, b.addr) {
 				d.errorf(b.path, "%s: %s is in use on line %d", keyName(b.path), b.addr, d.line(a.path))
 			}
 		}
@@ -167,8 +168,8 @@ func collide(a, b netip.AddrPort) bool {
 // port checks what listeners and referrals share.
 func (d *decoder) port(path string, t Transport, addr netip.AddrPort) {
 	d.need(join(path, "address"), !addr.IsValid())
-	if t != TransportTCP {
-		d.errorf(join(path, "transport"), "%s: %q is not a transport: write tcp", keyName(join(path, "transport")), t)
+	if t != TransportTCP && t != TransportRDMA {
+		d.errorf(join(path, "transport"), "%s: %q is not a transport: write tcp or rdma", keyName(join(path, "transport")), t)
 	}
 }
 

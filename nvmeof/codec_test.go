@@ -431,7 +431,8 @@ func TestStatus(t *testing.T) {
 	names := map[Status]string{
 		0x00: "success", 0x01: "invalid command opcode", 0x02: "invalid field in command", 0x03: "command ID conflict",
 		0x04: "data transfer error", 0x06: "internal error", 0x07: "command abort requested", 0x08: "command aborted due to SQ deletion",
-		0x0B: "invalid namespace or format", 0x0C: "command sequence error", 0x0E: "invalid number of SGL descriptors",
+		0x0B: "invalid namespace or format", 0x0C: "command sequence error",
+		0x0D: "invalid SGL segment descriptor", 0x0E: "invalid number of SGL descriptors",
 		0x0F: "data SGL length invalid", 0x11: "SGL descriptor type invalid", 0x16: "SGL offset invalid",
 		0x1A: "keep alive timeout invalid", 0x20: "namespace is write protected", 0x21: "command interrupted", 0x22: "transient transport error",
 		0x80: "LBA out of range", 0x81: "capacity exceeded", 0x82: "namespace not ready",

@@ -22,6 +22,7 @@ const (
 	AbortSQDeleted       Status = 0x08
 	InvalidNamespace     Status = 0x0B
 	CommandSequenceError Status = 0x0C
+	InvalidSegment       Status = 0x0D // Invalid SGL Segment Descriptor
 	InvalidSGLCount      Status = 0x0E // Invalid Number of SGL Descriptors
 	DataSGLLength        Status = 0x0F // Data SGL Length Invalid
 	SGLTypeInvalid       Status = 0x11 // SGL Descriptor Type Invalid
@@ -69,7 +70,7 @@ var statusText = map[Status]string{
 	CommandIDConflict: "command ID conflict", DataTransferError: "data transfer error", InternalError: "internal error",
 	AbortRequested: "command abort requested", AbortSQDeleted: "command aborted due to SQ deletion",
 	InvalidNamespace: "invalid namespace or format", CommandSequenceError: "command sequence error",
-	InvalidSGLCount: "invalid number of SGL descriptors", DataSGLLength: "data SGL length invalid",
+	InvalidSegment: "invalid SGL segment descriptor", InvalidSGLCount: "invalid number of SGL descriptors", DataSGLLength: "data SGL length invalid",
 	SGLTypeInvalid: "SGL descriptor type invalid", SGLOffsetInvalid: "SGL offset invalid",
 	KeepAliveInvalid: "keep alive timeout invalid", WriteProtected: "namespace is write protected",
 	CommandInterrupted: "command interrupted", TransientTransport: "transient transport error", InvalidCommandSet: "invalid I/O command set",

@@ -45,6 +45,8 @@ type Listener interface {
 	Accept() (ID, error)
 	// Addr is the address the listener is bound to.
 	Addr() netip.AddrPort
+	// Device is the one that has the address; nil when that is unspecified.
+	Device() Device
 	Close() error
 }
 

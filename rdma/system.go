@@ -248,6 +248,7 @@ type listener struct {
 	sys    *system
 	cm     *C.struct_rdma_cm_id
 	addr   netip.AddrPort
+	dev    *device // or nil
 	accept chan *id
 	once   sync.Once
 	ended  chan struct{}
@@ -280,6 +281,12 @@ func (s *system) Listen(addr netip.AddrPort, backlog int) (Listener, error) {
 	var src, dst C.struct_sockaddr_storage
 	C.kvof_addrs(l.cm, &src, &dst)
 	l.addr = addrPort(&src)
+	if l.cm.verbs != nil {
+		if l.dev, err = s.device(l.cm.verbs); err != nil {
+			l.Close()
+			return nil, fmt.Errorf("listen on %s: %w", addr, err)
+		}
+	}
 	return l, nil
 }
 
@@ -315,6 +322,13 @@ func (l *listener) Accept() (ID, error) {
 }
 
 func (l *listener) Addr() netip.AddrPort { return l.addr }
+
+func (l *listener) Device() Device {
+	if l.dev == nil {
+		return nil
+	}
+	return l.dev
+}
 
 func (l *listener) Close() error {
 	l.closing.Lock()

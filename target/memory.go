@@ -7,20 +7,22 @@ import (
 	"github.com/kvof/kvof/uring"
 )
 
-// Memory is a transport's that registers the memory which payload is in with its devices: the arena and what memory
-// devices are made of. The target calls it outside any command; registering takes its time.
-type Memory interface {
+// Fabric is a transport whose devices must know beforehand which memory payload is in: the arena and what memory devices
+// are made of. The target calls it outside any command; registering takes its time.
+type Fabric interface {
 	// Add registers b. Commands may use b before, and must not when it fails: the transport logs that.
 	Add(b []byte)
 	// Remove ends what Add began: no command uses b any more.
 	Remove(b []byte)
+	// Status describes the devices in use.
+	Status() []FabricStatus
 }
 
 // memories is all payload memory, and who wants to know of it.
 type memories struct {
 	mu    sync.Mutex
 	all   []payload
-	users []Memory
+	users []Fabric
 }
 
 // payload is memory that payload is in.
@@ -30,7 +32,7 @@ type payload struct {
 }
 
 // tell tells u of the memory.
-func (p payload) tell(u Memory) {
+func (p payload) tell(u Fabric) {
 	if d, ok := p.dev.(uring.Pinner); ok {
 		d.Pin()
 	}
@@ -55,13 +57,20 @@ func (m *memories) remove(b []byte) {
 	}
 }
 
-// Attach tells m of all payload memory there is and will be.
-func (t *Target) Attach(m Memory) {
+// Attach tells f of all payload memory there is and will be.
+func (t *Target) Attach(f Fabric) {
 	ms := &t.pool.memories
 	ms.mu.Lock()
 	defer ms.mu.Unlock()
-	ms.users = append(ms.users, m)
+	ms.users = append(ms.users, f)
 	for _, p := range ms.all {
-		p.tell(m)
+		p.tell(f)
 	}
+}
+
+// fabrics returns the transports that were attached.
+func (m *memories) fabrics() []Fabric {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Clone(m.users)
 }

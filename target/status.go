@@ -22,8 +22,9 @@ type Status struct {
 	Uptime      float64            `json:"uptime_seconds"`
 	Draining    bool               `json:"draining"`
 	Ports       []PortStatus       `json:"ports"`
-	Subsystems  []SubsystemStatus  `json:"subsystems"`  // by NQN
-	Controllers []ControllerStatus `json:"controllers"` // by CNTLID, those of the discovery subsystem among them
+	Subsystems  []SubsystemStatus  `json:"subsystems"`        // by NQN
+	Controllers []ControllerStatus `json:"controllers"`       // by CNTLID, those of the discovery subsystem among them
+	Fabrics     []FabricStatus     `json:"fabrics,omitempty"` // RDMA devices in use
 	Arena       uring.ArenaStats   `json:"arena"`
 	Copied      uint64             `json:"copied"` // payload bytes that were copied: what came in capsules
 	Kernel      uring.Features     `json:"kernel"`
@@ -35,6 +36,24 @@ type PortStatus struct {
 	Transport string `json:"transport"`
 	Address   string `json:"address"`
 	Discovery bool   `json:"discovery"` // the discovery subsystem alone
+}
+
+// FabricStatus is an RDMA device in use. The counters run since the device came into use.
+type FabricStatus struct {
+	Device        string `json:"device"`
+	Transport     string `json:"transport"` // RoCE, iWARP or InfiniBand
+	Port          string `json:"port"`      // state of its port
+	MTU           int    `json:"mtu"`       // bytes
+	QueuePairs    int    `json:"queue_pairs"`
+	Receives      int    `json:"receives"`       // promised to hosts
+	Lanes         int    `json:"lanes"`          // goroutines that poll
+	Registered    int64  `json:"registered"`     // bytes of payload memory
+	Memory        int64  `json:"control_memory"` // bytes for capsules and other small things
+	Registrations uint64 `json:"registrations"`  // of memory: with connections and namespaces, never for a command
+	Commands      uint64 `json:"commands"`
+	Completions   uint64 `json:"completions"` // polled
+	Turns         uint64 `json:"turns"`       // calls to the device by lanes
+	Sleeps        uint64 `json:"sleeps"`      // times a lane waited for an interrupt
 }
 
 // SubsystemStatus is one NVM subsystem.
@@ -122,6 +141,9 @@ func (t *Target) Status() Status {
 		s.Ports = append(s.Ports, PortStatus{ID: i + 1, Transport: transportName(p.TRType), Address: p.Address.String(), Discovery: p.Discovery})
 	}
 	t.mu.RUnlock()
+	for _, f := range t.pool.memories.fabrics() {
+		s.Fabrics = append(s.Fabrics, f.Status()...)
+	}
 	for _, sub := range t.all() {
 		s.Subsystems = append(s.Subsystems, sub.status())
 	}

@@ -55,6 +55,9 @@ func New(arena *uring.Arena, limits configs.Limits, log *slog.Logger) *Target {
 	return t
 }
 
+// Limits returns what hosts can make the target hold.
+func (t *Target) Limits() configs.Limits { return t.limits }
+
 // AddPort makes a port part of the discovery log.
 func (t *Target) AddPort(p *Port) {
 	t.mu.Lock()

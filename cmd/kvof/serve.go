@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
 	"os/signal"
 	"strings"
@@ -14,7 +15,9 @@ import (
 
 	"github.com/kvof/kvof/configs"
 	"github.com/kvof/kvof/management"
+	verbs "github.com/kvof/kvof/rdma"
 	"github.com/kvof/kvof/target"
+	"github.com/kvof/kvof/target/rdma"
 	"github.com/kvof/kvof/target/tcp"
 	"github.com/kvof/kvof/uring"
 )
@@ -55,7 +58,14 @@ type server struct {
 	log       *slog.Logger
 	notify    notifier
 	target    *target.Target
-	listeners []*tcp.Listener
+	fabric    *rdma.Transport // nil when nothing listens over RDMA
+	listeners []listener
+}
+
+// listener is a port of either transport.
+type listener interface {
+	StopAccepting()
+	Close(ctx context.Context) error
 }
 
 func serve(ctx context.Context, path string) (err error) {
@@ -133,6 +143,12 @@ func serve(ctx context.Context, path string) (err error) {
 // listen opens the ports of the configuration.
 func (s *server) listen(sockets *sockets) error {
 	for _, l := range s.cfg.Listeners {
+		if l.Transport == configs.TransportRDMA {
+			if err := s.listenRDMA(l.Address); err != nil {
+				return err
+			}
+			continue
+		}
 		ln, err := sockets.Listen(l.Address)
 		if err != nil {
 			return err
@@ -151,12 +167,35 @@ func (s *server) listen(sockets *sockets) error {
 	return nil
 }
 
+// listenRDMA opens a port over RDMA; the first one opens rdma-core.
+func (s *server) listenRDMA(addr netip.AddrPort) error {
+	if s.fabric == nil {
+		v, err := verbs.System()
+		if err != nil {
+			return fmt.Errorf("listener %s: %w", addr, err)
+		}
+		s.fabric = rdma.New(s.target, v, s.log)
+	}
+	ln, err := s.fabric.Listen(addr, false)
+	if err != nil {
+		return err
+	}
+	s.listeners = append(s.listeners, ln)
+	s.log.Info("listening", "transport", configs.TransportRDMA, "address", ln.Addr().String())
+	return nil
+}
+
 func (s *server) closeListeners() {
 	ctx, cancel := context.WithTimeout(context.Background(), closeTime)
 	defer cancel()
 	for _, l := range s.listeners {
 		if err := l.Close(ctx); err != nil {
-			s.log.Warn("connections are left", "listener", l.Addr().String(), "error", err)
+			s.log.Warn("connections are left", "error", err)
+		}
+	}
+	if s.fabric != nil {
+		if err := s.fabric.Close(); err != nil {
+			s.log.Warn("RDMA", "error", err)
 		}
 	}
 }

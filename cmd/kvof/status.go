@@ -147,6 +147,14 @@ func statusPage(s *target.Status, state string, now time.Time) string {
 	}
 	w.Flush()
 
+	if len(s.Fabrics) > 0 {
+		w := newTable(&b, "\nRDMA DEVICE\tTRANSPORT\tPORT\tQUEUE PAIRS\tRECEIVES\tREGISTERED\tCOMMANDS")
+		for _, f := range s.Fabrics {
+			fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%d\t%s\t%d\n", f.Device, f.Transport, f.Port, f.QueuePairs, f.Receives, humanize.IBytes(uint64(f.Registered)), f.Commands)
+		}
+		w.Flush()
+	}
+
 	for _, sub := range s.Subsystems {
 		access := "any host"
 		if !sub.AllowAnyHost {

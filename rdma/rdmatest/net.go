@@ -659,6 +659,15 @@ func (l *listener) Accept() (rdma.ID, error) {
 
 func (l *listener) Addr() netip.AddrPort { return l.addr }
 
+func (l *listener) Device() rdma.Device {
+	l.net.mu.Lock()
+	defer l.net.mu.Unlock()
+	if d := l.net.deviceAt(l.addr.Addr()); d != nil {
+		return d
+	}
+	return nil
+}
+
 func (l *listener) Close() error {
 	l.net.mu.Lock()
 	defer l.net.mu.Unlock()
