@@ -7,7 +7,7 @@ KERNELS := 6.1 latest arm64
 # For each fuzz target, in executions.
 FUZZTIME := 10000x
 
-.PHONY: build build-arm64 run test lint unit fuzz vuln systemd vm bench fmt clean
+.PHONY: build build-arm64 shim run test lint unit fuzz vuln systemd vm bench fmt clean
 .NOTPARALLEL: # the tests measure time: one kind at a time
 
 build:
@@ -19,6 +19,12 @@ build:
 build-arm64:
 	@command -v aarch64-linux-gnu-gcc > /dev/null || { echo 'Needed: gcc-aarch64-linux-gnu, libc6-dev-arm64-cross (or your distribution'"'"'s names for them).'; exit 1; }
 	GOARCH=arm64 CGO_ENABLED=1 CC=aarch64-linux-gnu-gcc CGO_CFLAGS='-O2 -idirafter /usr/include' go build -o bin/kvof-arm64 ./cmd/kvof
+
+# The C interface, shim/c/kvof.h: docs/shim.md.
+shim:
+	CGO_ENABLED=1 go build -buildmode=c-shared -ldflags='-checklinkname=0 -s -w -extldflags=-Wl,-soname,libkvof.so' -o bin/libkvof.so ./shim/c
+	@rm -f bin/libkvof.h # Go writes one: kvof.h is the interface
+	@cp shim/c/kvof.h bin/
 
 run: build
 	@echo 'Serving in this terminal until Ctrl-C. In a second one, in this folder:'
