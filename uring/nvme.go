@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/bits"
 	"os"
 	"path/filepath"
 	"sync"
@@ -104,12 +105,13 @@ func OpenNVMe(path string, o NVMeOptions) (*NVMe, error) {
 
 // startNVMe makes the device and sees whether registered buffers work: before Linux 6.12 not as parts of something large.
 func startNVMe(n node, drive *Drive, o NVMeOptions, ring func(depth, flags uint32) (queues, []string, error)) (*NVMe, error) {
-	for _, chunk := range []int{minChunk, LargeBuf} {
+	small := min(LargeBuf, 1<<(bits.Len64(uint64(drive.Scattered))-1))
+	for _, chunk := range []int{minChunk, small} {
 		d, err := newNVMe(n, drive, o, chunk, ring)
 		if err != nil {
 			return nil, err
 		}
-		if err = d.probe(); err == nil && (!d.unfixed || chunk == LargeBuf) {
+		if err = d.probe(); err == nil && (!d.unfixed || chunk == small) {
 			return d, nil
 		}
 		d.end()

@@ -229,8 +229,9 @@ func TestRegisteredPassthrough(t *testing.T) {
 	for _, c := range []struct {
 		fixable, chunk int
 		fixed          bool
-	}{{0, minChunk, true}, {LargeBuf, LargeBuf, true}, {4096, LargeBuf, false}} {
+	}{{0, minChunk, true}, {LargeBuf, LargeBuf, true}, {128 << 10, 128 << 10, true}, {4096, LargeBuf, false}} {
 		f := newFakeDrive(t, 512)
+		f.limit, f.scattered = int64(c.chunk), int64(c.chunk)
 		f.fixable = c.fixable
 		a := newArena(t, 8<<20)
 		d := f.openFor(t, NVMeOptions{Arena: a})
