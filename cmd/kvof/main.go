@@ -81,6 +81,7 @@ func newRootCommand() *cobra.Command {
 		newCheckCommand(),
 		newServeCommand(),
 		newStatusCommand(),
+		newDriveCommand(),
 		newDiscoverCommand(),
 		newPutCommand(),
 		newGetCommand(),
