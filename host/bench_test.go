@@ -66,11 +66,13 @@ func BenchmarkIO(b *testing.B) {
 						b.Fatal(err)
 					}
 					go echo(peer, make([]byte, size))
-					q := &queue{id: 1, conn: conn.(*net.TCPConn), align: 4, maxData: 4 << 20}
+					q := &tcpQueue{id: 1, conn: conn.(*net.TCPConn), align: 4, maxData: 4 << 20}
 					if err := q.start(depth); err != nil {
 						b.Fatal(err)
 					}
-					kv := &KV{path: &Controller{io: []*queue{q}}, ns: Namespace{NSID: 1}}
+					c := &Controller{}
+					c.now.Store(&association{transport: tcpTransport{}, io: []queue{q}})
+					kv := &KV{path: c, ns: Namespace{NSID: 1}}
 					b.SetBytes(int64(size))
 					b.ReportAllocs()
 					var left atomic.Int64

@@ -38,7 +38,7 @@ func (b *Block) Blocks() uint64 { return b.ns.Size / uint64(b.ns.BlockSize) }
 // Read reads len(buf) bytes, whole blocks, from lba on.
 func (b *Block) Read(ctx context.Context, lba uint64, buf []byte) error {
 	n, err := b.transfer(ctx, nvmeof.OpRead, lba, buf)
-	if err == nil && n != len(buf) {
+	if err == nil && n >= 0 && n != len(buf) {
 		return protocolError("read of %d bytes brought %d", len(buf), n)
 	}
 	return err
@@ -71,16 +71,16 @@ func (b *Block) Deallocate(ctx context.Context, ranges ...Range) error {
 	if len(ranges) == 0 || len(ranges) > maxRanges {
 		return fmt.Errorf("%d ranges, 1 to %d are allowed", len(ranges), maxRanges)
 	}
-	data := make([]byte, len(ranges)*nvmeof.DSMRangeSize)
+	list := make([]byte, len(ranges)*nvmeof.DSMRangeSize)
 	for i, r := range ranges {
 		d := nvmeof.DSMRange{Blocks: r.Blocks, SLBA: r.LBA}
-		d.Encode(data[i*nvmeof.DSMRangeSize:])
+		d.Encode(list[i*nvmeof.DSMRangeSize:])
 	}
 	var cmd nvmeof.Command
 	cmd.SetHeader(nvmeof.OpDSM, 0, b.ns.NSID)
 	cmd.SetDW(10, uint32(len(ranges)-1))
 	cmd.SetDW(11, dsmAD)
-	_, _, err := b.c.IO(ctx, &cmd, data)
+	_, _, err := do(ctx, b.c, cmd, data{buf: list})
 	return err
 }
 
@@ -95,7 +95,7 @@ func (b *Block) transfer(ctx context.Context, op uint8, lba uint64, buf []byte) 
 	if err != nil {
 		return 0, err
 	}
-	_, n, err := b.c.IO(ctx, &cmd, buf)
+	_, n, err := do(ctx, b.c, cmd, data{buf: buf})
 	return n, err
 }
 
@@ -104,7 +104,7 @@ func (b *Block) span(ctx context.Context, op uint8, lba uint64, blocks int) erro
 	if err != nil {
 		return err
 	}
-	_, _, err = b.c.IO(ctx, &cmd, nil)
+	_, _, err = do(ctx, b.c, cmd, data{})
 	return err
 }
 

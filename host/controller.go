@@ -4,9 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"net"
+	"math/rand/v2"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -18,7 +18,7 @@ import (
 
 // Options say how to connect. The zero value of each field but Addr gives a sensible default.
 type Options struct {
-	Transport    string        // "tcp", the default
+	Transport    string        // "tcp", the default, or "rdma"
 	Addr         string        // host:port
 	SubNQN       string        // the subsystem; the discovery subsystem by default
 	HostNQN      string        // [DefaultHost]'s by default
@@ -29,6 +29,11 @@ type Options struct {
 	HeaderDigest bool          // ask for CRC32C header digests
 	DataDigest   bool          // ask for CRC32C data digests
 	DialTimeout  time.Duration // 10 s by default
+
+	// Reconnect, when not 0, is for how long a lost connection is tried to be made again, at growing intervals, before the
+	// controller ends. Meanwhile commands wait, and those that were in flight are sent again, unless doing something
+	// twice would matter: then they return [ErrOutcomeUnknown].
+	Reconnect time.Duration
 
 	// OnEvent, when set, is called from a goroutine of the controller with DW0 of each asynchronous event, such as
 	// [nvmeof.EventNamespaceChanged] and [nvmeof.EventDiscoveryChanged], after its log page has been read.
@@ -41,16 +46,14 @@ const (
 	adminDepth    = 31 // hsqsize of an admin queue of 32 entries
 	bringUpLimit  = 30 * time.Second
 	shutdownLimit = 5 * time.Second
-	// adminInCapsule is what every NVMe/TCP admin queue takes in a capsule, bytes (TCP, In-Capsule Data).
-	adminInCapsule = 8192
+	// Between attempts to reconnect.
+	minPause = 50 * time.Millisecond
+	maxPause = 5 * time.Second
 )
 
 func (o *Options) setDefaults() error {
 	if o.Transport == "" {
 		o.Transport = "tcp"
-	}
-	if o.Transport != "tcp" {
-		return fmt.Errorf("transport %q is not supported, only tcp is", o.Transport)
 	}
 	if o.SubNQN == "" {
 		o.SubNQN = nvmeof.DiscoveryNQN
@@ -117,23 +120,18 @@ func hostID(nqn string) [16]byte {
 	return uuid.NewSHA1(uuid.NameSpaceOID, []byte(nqn))
 }
 
-// Controller is a connection to one controller of a subsystem: an admin queue and its I/O queues.
+// Controller is a connection to one controller of a subsystem: an admin queue and its I/O queues. With
+// [Options.Reconnect] it outlives its connections.
 type Controller struct {
 	opts   Options
-	id     uint16
-	cap    nvmeof.CAP
-	vs     uint32
-	ident  nvmeof.IdentifyController
-	admin  *queue
-	io     []*queue
-	next   atomic.Uint32 // I/O queue to try first
-	ctx    context.Context
-	cancel context.CancelCauseFunc // ends background work; the cause is why the controller ended
-	wg     sync.WaitGroup
+	now    atomic.Pointer[association]
+	ctx    context.Context         // ends with the controller
+	cancel context.CancelCauseFunc // the cause is why
+	wg     sync.WaitGroup          // watches now
 
-	mu     sync.Mutex
-	queues []*queue // all of them, for fail and stop
-	failed bool
+	mu      sync.Mutex
+	changed chan struct{} // closed when now changes
+	memory  [][]byte      // registered
 }
 
 // Connect brings up a controller: connection, Connect, enabling, identification, I/O queues, keep alive. It gives up
@@ -142,396 +140,212 @@ func Connect(ctx context.Context, o Options) (*Controller, error) {
 	if err := o.setDefaults(); err != nil {
 		return nil, err
 	}
-	ctx, stop := context.WithTimeoutCause(ctx, bringUpLimit, fmt.Errorf("%s did not answer within %v", o.Addr, bringUpLimit))
-	defer stop()
-	c := &Controller{opts: o, id: nvmeof.CNTLIDDynamic}
-	c.ctx, c.cancel = context.WithCancelCause(context.Background())
-	if err := c.bringUp(ctx); err != nil {
-		c.fail(ErrClosed)
-		c.stop()
-		return nil, fmt.Errorf("connect to %s at %s: %w", o.SubNQN, o.Addr, err)
+	c := &Controller{opts: o, changed: make(chan struct{})}
+	a, err := connectAssociation(ctx, &c.opts)
+	if err != nil {
+		return nil, err
 	}
+	c.ctx, c.cancel = context.WithCancelCause(context.Background())
+	_ = c.adopt(a) // there is nothing to register yet
 	return c, nil
 }
 
-func (c *Controller) bringUp(ctx context.Context) (err error) {
-	if c.admin, err = c.connectQueue(ctx, 0, adminDepth, adminInCapsule); err != nil {
-		return err
-	}
-	v, err := c.property(ctx, nvmeof.PropCAP, 8)
-	if err != nil {
-		return err
-	}
-	c.cap = nvmeof.CAP(v)
-	if v, err = c.property(ctx, nvmeof.PropVS, 4); err != nil {
-		return err
-	}
-	c.vs = uint32(v)
-	if err := c.enable(ctx); err != nil {
-		return err
-	}
-	page := make([]byte, nvmeof.IdentifySize)
-	if err := c.identify(ctx, nvmeof.CNSController, 0, 0, page); err != nil {
-		return fmt.Errorf("identify controller: %w", err)
-	}
-	if err := c.ident.Decode(page); err != nil {
-		return err
-	}
-	if c.opts.KATO > 0 && (c.ident.KAS > 0 || !c.Discovery()) {
-		c.wg.Go(c.keepAlive)
-	}
-	if !c.Discovery() && c.opts.IOQueues > 0 {
-		if err := c.connectIO(ctx); err != nil {
+// adopt makes a the controller's association.
+func (c *Controller) adopt(a *association) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, b := range c.memory {
+		if err := a.transport.register(b); err != nil {
 			return err
 		}
 	}
-	if c.opts.OnEvent != nil {
-		return c.enableEvents(ctx)
+	if c.ctx.Err() != nil {
+		return context.Cause(c.ctx)
 	}
+	c.now.Store(a)
+	close(c.changed)
+	c.changed = make(chan struct{})
+	c.wg.Add(1)
+	context.AfterFunc(a.ctx, func() {
+		defer c.wg.Done()
+		c.lost(a)
+	})
 	return nil
 }
 
-// enable sets CC.EN and waits for CSTS.RDY.
-func (c *Controller) enable(ctx context.Context) error {
-	cc := uint32(nvmeof.CCEnable | nvmeof.CCIOSQES64 | nvmeof.CCIOCQES16)
-	if c.cap.CommandSets() {
-		cc |= nvmeof.CCCSSAll
-	}
-	if err := c.setProperty(ctx, nvmeof.PropCC, cc); err != nil {
-		return fmt.Errorf("enable the controller: %w", err)
-	}
-	limit := time.Duration(max(c.cap.TO(), 1)) * 500 * time.Millisecond
-	_, err := c.pollCSTS(ctx, limit, func(csts uint32) bool { return csts&nvmeof.CSTSReady != 0 })
-	if err != nil {
-		return fmt.Errorf("wait for the controller to be ready: %w", err)
-	}
-	return nil
-}
-
-func (c *Controller) pollCSTS(ctx context.Context, limit time.Duration, ok func(uint32) bool) (uint32, error) {
-	ctx, stop := context.WithTimeoutCause(ctx, limit, fmt.Errorf("not within %v", limit))
-	defer stop()
-	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
-		v, err := c.property(ctx, nvmeof.PropCSTS, 4)
-		csts := uint32(v)
-		switch {
-		case err != nil:
-			return 0, err
-		case csts&nvmeof.CSTSFatal != 0:
-			return csts, errors.New("controller has a fatal status (CSTS.CFS)")
-		case ok(csts):
-			return csts, nil
-		}
-		select {
-		case <-time.After(pause):
-		case <-ctx.Done():
-			return csts, context.Cause(ctx)
-		}
-	}
-}
-
-// connectIO asks for the I/O queues and connects them.
-func (c *Controller) connectIO(ctx context.Context) error {
-	if c.ident.IOCCSZ < nvmeof.CommandSize/16 {
-		return protocolError("IOCCSZ is %d", c.ident.IOCCSZ)
-	}
-	n := min(c.opts.IOQueues, 65535)
-	var cmd nvmeof.Command
-	cmd.SetHeader(nvmeof.OpSetFeatures, 0, 0)
-	cmd.SetDW(10, nvmeof.FeatQueues)
-	cmd.SetDW(11, uint32(n-1)|uint32(n-1)<<16)
-	cqe, err := c.Admin(ctx, &cmd, nil)
-	if err != nil {
-		return fmt.Errorf("set the number of queues: %w", err)
-	}
-	n = min(n, int(cqe.DW0()&0xFFFF)+1, int(cqe.DW0()>>16)+1)
-	depth := min(c.opts.QueueDepth, int(c.cap.MQES()))
-	if m := int(c.ident.MAXCMD); m > 0 {
-		depth = min(depth, m-1)
-	}
-	if depth < 1 {
-		return protocolError("the controller allows queues of %d entries", c.cap.MQES()+1)
-	}
-	inCapsule := 0
-	if c.ident.ICDOFF == 0 {
-		inCapsule = int(min(c.ident.IOCCSZ*16-nvmeof.CommandSize, 1<<20))
-	}
-	for i := range n {
-		q, err := c.connectQueue(ctx, uint16(i+1), depth, inCapsule)
-		if err != nil {
-			return fmt.Errorf("I/O queue %d: %w", i+1, err)
-		}
-		c.io = append(c.io, q)
-	}
-	return nil
-}
-
-// connectQueue opens a connection, negotiates, and makes it a queue of the controller. depth is the number of
-// commands in flight, and so the 0's based size of the queue, which must never be full.
-func (c *Controller) connectQueue(ctx context.Context, id uint16, depth, inCapsule int) (*queue, error) {
-	d := net.Dialer{Timeout: c.opts.DialTimeout}
-	conn, err := d.DialContext(ctx, "tcp", c.opts.Addr)
-	if err != nil {
-		return nil, err
-	}
-	q := &queue{id: id, conn: conn.(*net.TCPConn), inCapsule: inCapsule, onFail: c.fail}
-	if err := q.negotiate(ctx, nvmeof.Digests{Header: c.opts.HeaderDigest, Data: c.opts.DataDigest}); err != nil {
-		conn.Close()
-		return nil, err
-	}
-	c.mu.Lock()
-	if c.failed {
-		err = context.Cause(c.ctx)
-	} else if err = q.start(depth); err == nil {
-		c.queues = append(c.queues, q)
-	}
-	c.mu.Unlock()
-	if err != nil {
-		conn.Close()
-		return nil, err
-	}
-	return q, c.connectCommand(ctx, q, depth)
-}
-
-// negotiate exchanges ICReq and ICResp.
-func (q *queue) negotiate(ctx context.Context, dg nvmeof.Digests) (err error) {
-	stop := context.AfterFunc(ctx, func() { q.conn.SetDeadline(time.Unix(1, 0)) })
-	defer func() {
-		if !stop() {
-			err = context.Cause(ctx)
-		}
-	}()
-	var b [nvmeof.ICSize]byte
-	nvmeof.EncodeIC(b[:], nvmeof.PDUICReq, nvmeof.IC{Digest: dg})
-	if _, err := q.conn.Write(b[:]); err != nil {
-		return err
-	}
-	if _, err := io.ReadFull(q.conn, b[:nvmeof.PDUHeaderSize]); err != nil {
-		return fmt.Errorf("no answer to the connection set-up: %w", err)
-	}
-	n, terr := nvmeof.HeaderSize(b[:], false, nvmeof.Digests{})
-	if terr != nil || b[0] != nvmeof.PDUICResp {
-		return protocolError("the answer to the connection set-up is not an ICResp")
-	}
-	if _, err := io.ReadFull(q.conn, b[nvmeof.PDUHeaderSize:n]); err != nil {
-		return err
-	}
-	p, terr := nvmeof.DecodePDU(b[:], nvmeof.Digests{})
-	if terr != nil {
-		return fmt.Errorf("%w: %w", ErrProtocol, terr)
-	}
-	ic, terr := nvmeof.DecodeIC(&p)
-	if terr != nil {
-		return fmt.Errorf("%w: %w", ErrProtocol, terr)
-	}
-	if ic.Digest.Header && !dg.Header || ic.Digest.Data && !dg.Data {
-		return protocolError("the target turned on digests that were not asked for")
-	}
-	if ic.Digest != dg {
-		return errors.New("the target does not support the digests asked for")
-	}
-	q.dg, q.align, q.maxData = ic.Digest, 4*(int(ic.PDA)+1), int(min(ic.Max, 1<<30))
-	return nil
-}
-
-func (c *Controller) connectCommand(ctx context.Context, q *queue, depth int) error {
-	data := make([]byte, nvmeof.ConnectDataSize)
-	(&nvmeof.ConnectData{HostID: c.opts.HostID, CNTLID: c.id, SubNQN: c.opts.SubNQN, HostNQN: c.opts.HostNQN}).Encode(data)
-	kato := uint32(0)
-	if q.id == 0 {
-		kato = uint32(max(c.opts.KATO, 0).Milliseconds())
-	}
-	limit := q.inCapsule
-	q.inCapsule = max(limit, len(data)) // Connect's data is always in the capsule
-	cmd := nvmeof.MakeConnect(0, q.id, uint16(depth), 0, kato)
-	cqe, _, err := q.do(ctx, &cmd, data)
-	q.inCapsule = limit
-	if err != nil {
-		return err
-	}
-	if st := cqe.Status(); st != nvmeof.Success {
-		if st.Code() == nvmeof.ConnectInvalidParam {
-			return fmt.Errorf("%w: %s", st, connectField(cqe.DW0()))
-		}
-		return st
-	}
-	if q.id == 0 {
-		c.id = uint16(cqe.DW0())
-		if cqe.DW0()>>17&3 != 0 {
-			return errors.New("the controller demands authentication, which is not supported")
-		}
-	}
-	return nil
-}
-
-// connectField names the parameter that a Connect completion's DW0 points at.
-func connectField(dw0 uint32) string {
-	names := map[uint32]string{
-		nvmeof.ConnectOffRECFMT: "RECFMT", nvmeof.ConnectOffQID: "QID", nvmeof.ConnectOffSQSIZE: "SQSIZE",
-		1<<16 | nvmeof.ConnectOffHOSTID: "HOSTID", 1<<16 | nvmeof.ConnectOffCNTLID: "CNTLID",
-		1<<16 | nvmeof.ConnectOffSUBNQN: "SUBNQN", 1<<16 | nvmeof.ConnectOffHOSTNQN: "HOSTNQN",
-	}
-	if n, ok := names[dw0]; ok {
-		return n
-	}
-	return fmt.Sprintf("at offset %d", dw0&0xFFFF)
-}
-
-// fail ends the controller; the first cause counts.
-func (c *Controller) fail(err error) {
-	c.mu.Lock()
-	if c.failed {
-		c.mu.Unlock()
+// lost follows the end of an association.
+func (c *Controller) lost(a *association) {
+	cause := context.Cause(a.ctx)
+	if c.opts.Reconnect <= 0 || cause == ErrClosed {
+		c.cancel(cause)
 		return
 	}
-	c.failed = true
-	c.cancel(err)
-	queues := c.queues
-	c.mu.Unlock()
-	for _, q := range queues {
-		q.fail(err)
+	a.stop()
+	end := time.Now().Add(c.opts.Reconnect)
+	for pause := minPause; ; pause = min(2*pause, maxPause) {
+		select {
+		case <-time.After(pause/2 + rand.N(pause)): // hosts that lost one target together come back one by one
+		case <-c.ctx.Done():
+			return
+		}
+		ctx, stop := context.WithDeadlineCause(c.ctx, end, fmt.Errorf("not within %v", c.opts.Reconnect))
+		next, err := connectAssociation(ctx, &c.opts)
+		stop()
+		if err == nil {
+			if err = c.adopt(next); err == nil {
+				return
+			}
+			next.fail(err)
+			next.stop()
+		}
+		var st nvmeof.Status
+		if errors.As(err, &st) && !st.Retry() || time.Now().After(end) {
+			c.cancel(fmt.Errorf("%w, then reconnecting failed: %w", cause, err))
+			return
+		}
 	}
 }
 
-// stop waits for all goroutines of a failed controller.
-func (c *Controller) stop() {
-	for _, q := range c.queues { // fixed, since fail
-		q.wg.Wait()
+// next waits for the association after a, of which a command has returned err.
+func (c *Controller) next(ctx context.Context, a *association, err error) (*association, error) {
+	for {
+		c.mu.Lock()
+		now, changed := c.now.Load(), c.changed
+		c.mu.Unlock()
+		if now != a {
+			return now, nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil, err
+		case <-c.ctx.Done():
+			return nil, fmt.Errorf("%w: %w", err, context.Cause(c.ctx))
+		}
 	}
-	c.wg.Wait()
 }
 
 // Close shuts the controller down in an orderly way (CC.SHN, for at most 5 seconds) and disconnects. Commands under
 // way return [ErrClosed]. It must not be called from OnEvent.
 func (c *Controller) Close() error {
-	ctx, stop := context.WithTimeout(c.ctx, shutdownLimit)
-	defer stop()
-	cc := uint32(nvmeof.CCEnable | nvmeof.CCIOSQES64 | nvmeof.CCIOCQES16 | nvmeof.CCSHNNormal)
-	if c.cap.CommandSets() {
-		cc |= nvmeof.CCCSSAll
-	}
-	err := c.setProperty(ctx, nvmeof.PropCC, cc)
-	if err == nil {
-		_, err = c.pollCSTS(ctx, shutdownLimit, func(csts uint32) bool { return csts&nvmeof.CSTSSHSTMask == nvmeof.CSTSSHSTDone })
-	}
+	a := c.now.Load()
+	err := a.shutdown()
 	if errors.Is(err, ErrClosed) {
 		err = nil // closed before
 	}
-	c.fail(ErrClosed)
-	c.stop()
+	c.cancel(ErrClosed)
+	c.mu.Lock() // the last association is adopted, or none will be
+	a = c.now.Load()
+	c.mu.Unlock()
+	a.fail(ErrClosed)
+	c.wg.Wait()
+	a.stop()
 	return err
 }
 
 // Done is closed when the controller has ended; Err then says why.
 func (c *Controller) Done() <-chan struct{} { return c.ctx.Done() }
 
-// Err is nil while the controller is up, then why it ended.
+// Err is nil while the controller is up, or reconnects, then why it ended.
 func (c *Controller) Err() error { return context.Cause(c.ctx) }
 
 // ID is the controller identifier (CNTLID).
-func (c *Controller) ID() uint16 { return c.id }
+func (c *Controller) ID() uint16 { return c.now.Load().id }
 
 // Version is the VS property.
-func (c *Controller) Version() uint32 { return c.vs }
+func (c *Controller) Version() uint32 { return c.now.Load().vs }
 
 // Identify is the controller's Identify data.
-func (c *Controller) Identify() nvmeof.IdentifyController { return c.ident }
+func (c *Controller) Identify() nvmeof.IdentifyController { return c.now.Load().ident }
 
 // Discovery tells whether this is a discovery controller.
-func (c *Controller) Discovery() bool {
-	return c.opts.SubNQN == nvmeof.DiscoveryNQN || c.ident.CNTRLTYPE == nvmeof.ControllerDiscovery
-}
+func (c *Controller) Discovery() bool { return c.now.Load().discovery() }
 
 // IOQueues is the number of I/O queues.
-func (c *Controller) IOQueues() int { return len(c.io) }
+func (c *Controller) IOQueues() int { return len(c.now.Load().io) }
 
 // QueueDepth is the number of commands that can be in flight on each I/O queue.
 func (c *Controller) QueueDepth() int {
-	if len(c.io) == 0 {
-		return 0
+	if io := c.now.Load().io; len(io) > 0 {
+		return io[0].depth()
 	}
-	return len(c.io[0].slots)
+	return 0
 }
 
-// MaxTransfer is the largest data of one command in bytes (MDTS); 0 = no limit.
-func (c *Controller) MaxTransfer() uint64 {
-	if c.ident.MDTS == 0 || c.ident.MDTS > 40 {
-		return 0
-	}
-	page := uint64(4096) << (c.cap >> 48 & 15) // MPSMIN
-	return page << c.ident.MDTS
-}
+// MaxTransfer is the largest data of one command in bytes: the controller's MDTS, or what the transport carries; 0 = no
+// limit.
+func (c *Controller) MaxTransfer() uint64 { return c.now.Load().maxTransfer() }
 
 func (c *Controller) maxTransfer([]byte) uint64 { return c.MaxTransfer() }
+
+// Register prepares memory for transfers: RDMA then reads and writes it without more ado, where other memory is
+// registered for each command, which takes about as long as a copy of it. Over TCP it does nothing. b stays reachable, and in memory,
+// until Unregister with the same b, when no command uses it any more.
+func (c *Controller) Register(b []byte) error {
+	if len(b) == 0 {
+		return nil
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := c.now.Load().transport.register(b); err != nil {
+		return err
+	}
+	c.memory = append(c.memory, b)
+	return nil
+}
+
+// Unregister takes back what Register did.
+func (c *Controller) Unregister(b []byte) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for i, m := range c.memory {
+		if len(b) > 0 && &m[0] == &b[0] && len(m) == len(b) {
+			c.memory = slices.Delete(c.memory, i, i+1)
+			c.now.Load().transport.unregister(b)
+			return
+		}
+	}
+}
 
 // Admin sends an admin or fabrics command with its data in or for buf, and waits. Identifier and SGL are filled in.
 // A status other than success is returned as the error.
 func (c *Controller) Admin(ctx context.Context, cmd *nvmeof.Command, buf []byte) (nvmeof.Completion, error) {
-	cqe, _, err := c.admin.do(ctx, cmd, buf)
+	once := true
+	switch cmd.Opcode() {
+	case nvmeof.OpIdentify, nvmeof.OpGetLogPage, nvmeof.OpGetFeatures:
+		once = false
+	}
+	cqe, _, err := c.carry(ctx, true, *cmd, data{buf: buf}, once)
 	return cqe, statusError(cqe, err)
 }
 
-// IO sends an I/O command on the least busy I/O queue; see [Controller.Admin]. It also returns how many bytes arrived
-// in buf.
+// IO sends an I/O command on the least busy I/O queue, once; see [Controller.Admin]. It also returns how many bytes
+// arrived in buf, -1 where that is not known.
 func (c *Controller) IO(ctx context.Context, cmd *nvmeof.Command, buf []byte) (nvmeof.Completion, int, error) {
-	return do(ctx, c, cmd, buf)
+	cqe, n, err := c.submit(ctx, *cmd, data{buf: buf}, true)
+	return cqe, n, statusError(cqe, err)
 }
 
-// submit is IO without statuses as errors.
-func (c *Controller) submit(ctx context.Context, cmd *nvmeof.Command, buf []byte) (nvmeof.Completion, int, error) {
-	if len(c.io) == 0 {
-		return nvmeof.Completion{}, 0, errors.New("controller has no I/O queue")
-	}
-	if m := c.MaxTransfer(); m != 0 && uint64(len(buf)) > m {
-		return nvmeof.Completion{}, 0, tooLarge(len(buf), m)
-	}
-	return c.pick().do(ctx, cmd, buf)
+func (c *Controller) submit(ctx context.Context, cmd nvmeof.Command, d data, once bool) (nvmeof.Completion, int, error) {
+	return c.carry(ctx, false, cmd, d, once)
 }
 
-// pick chooses the least busy I/O queue, in turns among equals.
-func (c *Controller) pick() *queue {
-	if len(c.io) == 1 {
-		return c.io[0]
-	}
-	first := int(c.next.Add(1))
-	best := c.io[first%len(c.io)]
-	for i := 1; i < len(c.io); i++ {
-		if q := c.io[(first+i)%len(c.io)]; q.load() < best.load() {
-			best = q
+// carry has the current association carry a command out, and the next one, if there is to be one, when the connection
+// ends before the completion comes.
+func (c *Controller) carry(ctx context.Context, admin bool, cmd nvmeof.Command, d data, once bool) (cqe nvmeof.Completion, n int, err error) {
+	for a := c.now.Load(); ; {
+		if admin {
+			cqe, n, err = a.admin.do(ctx, cmd, d)
+		} else {
+			cqe, n, err = a.submit(ctx, cmd, d)
+		}
+		if err == nil || c.opts.Reconnect <= 0 || !errors.Is(err, ErrConnectionLost) || once && errors.Is(err, ErrOutcomeUnknown) || ctx.Err() != nil {
+			return cqe, n, err
+		}
+		if a, err = c.next(ctx, a, err); err != nil {
+			return cqe, n, err
 		}
 	}
-	return best
-}
-
-func statusError(cqe nvmeof.Completion, err error) error {
-	if err != nil {
-		return err
-	}
-	if st := cqe.Status(); st != nvmeof.Success {
-		return st
-	}
-	return nil
-}
-
-func (c *Controller) property(ctx context.Context, off uint32, size int) (uint64, error) {
-	cmd := nvmeof.MakePropertyGet(off, size)
-	cqe, err := c.Admin(ctx, &cmd, nil)
-	if err != nil {
-		return 0, fmt.Errorf("property %02Xh: %w", off, err)
-	}
-	return uint64(cqe.DW0()) | uint64(cqe.DW1())<<32, nil
-}
-
-func (c *Controller) setProperty(ctx context.Context, off, v uint32) error {
-	cmd := nvmeof.MakePropertySet(off, v)
-	_, err := c.Admin(ctx, &cmd, nil)
-	return err
-}
-
-func (c *Controller) identify(ctx context.Context, cns uint8, nsid uint32, csi nvmeof.CSI, page []byte) error {
-	cmd := nvmeof.MakeIdentify(cns, nsid, csi)
-	_, err := c.Admin(ctx, &cmd, page)
-	return err
 }
 
 // LogPage reads len(b) bytes (a multiple of 4) of a log page from offset off. The event that named the page is
@@ -542,74 +356,18 @@ func (c *Controller) LogPage(ctx context.Context, lid uint8, off uint64, b []byt
 	return err
 }
 
-// keepAlive tells the controller every KATO/2 that the host is there. When it does not answer within KATO, the
-// controller is lost.
-func (c *Controller) keepAlive() {
-	t := time.NewTicker(c.opts.KATO / 2)
-	defer t.Stop()
-	for {
-		select {
-		case <-t.C:
-		case <-c.ctx.Done():
-			return
-		}
-		ctx, stop := context.WithTimeout(c.ctx, c.opts.KATO)
-		var cmd nvmeof.Command
-		cmd.SetHeader(nvmeof.OpKeepAlive, 0, 0)
-		_, err := c.Admin(ctx, &cmd, nil)
-		stop()
-		if err != nil {
-			c.fail(fmt.Errorf("%w: keep alive: %w", ErrConnectionLost, err))
-			return
-		}
-	}
+func (c *Controller) identify(ctx context.Context, cns uint8, nsid uint32, csi nvmeof.CSI, page []byte) error {
+	cmd := nvmeof.MakeIdentify(cns, nsid, csi)
+	_, err := c.Admin(ctx, &cmd, page)
+	return err
 }
 
-// enableEvents turns on the events the controller offers, and holds an Asynchronous Event Request.
-func (c *Controller) enableEvents(ctx context.Context) error {
-	mask := c.ident.OAES & (nvmeof.AENNamespace | nvmeof.AENDiscovery)
-	if mask == 0 {
-		return nil
+func statusError(cqe nvmeof.Completion, err error) error {
+	if err != nil {
+		return err
 	}
-	var cmd nvmeof.Command
-	cmd.SetHeader(nvmeof.OpSetFeatures, 0, 0)
-	cmd.SetDW(10, nvmeof.FeatAsyncEvent)
-	cmd.SetDW(11, mask)
-	if _, err := c.Admin(ctx, &cmd, nil); err != nil {
-		return fmt.Errorf("enable events: %w", err)
+	if st := cqe.Status(); st != nvmeof.Success {
+		return st
 	}
-	c.wg.Go(c.events)
 	return nil
-}
-
-func (c *Controller) events() {
-	page := make([]byte, nvmeof.ChangedNamespacesSize)
-	for {
-		var cmd nvmeof.Command
-		cmd.SetHeader(nvmeof.OpAsyncEvent, 0, 0)
-		cqe, err := c.Admin(c.ctx, &cmd, nil)
-		if err != nil {
-			return // the controller ended, or does not take the request
-		}
-		if lid := uint8(cqe.DW0() >> 16); lid != 0 {
-			// Reading the page allows the next event of its kind.
-			if c.LogPage(c.ctx, lid, 0, page[:logSize(lid)]) != nil && c.ctx.Err() != nil {
-				return
-			}
-		}
-		c.opts.OnEvent(cqe.DW0())
-	}
-}
-
-// logSize is how much of a log page to read to clear its event.
-func logSize(lid uint8) int {
-	switch lid {
-	case nvmeof.LogSMART:
-		return nvmeof.SMARTSize
-	case nvmeof.LogDiscovery:
-		return nvmeof.DiscoveryHeaderSize
-	case nvmeof.LogChangedNamespaces:
-		return nvmeof.ChangedNamespacesSize
-	}
-	return nvmeof.ErrorEntrySize
 }

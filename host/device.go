@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -29,7 +28,7 @@ type Device struct {
 	ns       Namespace
 	maxBytes uint64 // of one command
 	maxPages uint64 // that its data may touch
-	free     chan *passthru
+	free     chan *deviceSlot
 	closed   chan struct{}
 	once     sync.Once
 }
@@ -67,10 +66,19 @@ type passthru struct {
 	result        uint64 // DW0, DW1
 }
 
+// deviceSlot is what one command needs.
+type deviceSlot struct {
+	passthru
+	vecs []unix.Iovec // of data in pieces
+}
+
 const (
 	ioctlID    = 'N'<<8 | 0x40
 	ioctlAdmin = 3<<30 | unsafe.Sizeof(passthru{})<<16 | 'N'<<8 | 0x47 // NVME_IOCTL_ADMIN64_CMD
 	ioctlIO    = 3<<30 | unsafe.Sizeof(passthru{})<<16 | 'N'<<8 | 0x48 // NVME_IOCTL_IO64_CMD
+	ioctlIOVec = 3<<30 | unsafe.Sizeof(passthru{})<<16 | 'N'<<8 | 0x49 // NVME_IOCTL_IO64_CMD_VEC, since Linux 5.18
+
+	maxDeviceVecs = 1024 // UIO_MAXIOV
 )
 
 // deviceSystem is where devices are found.
@@ -142,9 +150,9 @@ func (s deviceSystem) openPath(path string) (*Device, error) {
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: path, Err: err}
 	}
-	d := &Device{path: path, fd: fd, ioctl: s.ioctl, free: make(chan *passthru, deviceDepth), closed: make(chan struct{})}
+	d := &Device{path: path, fd: fd, ioctl: s.ioctl, free: make(chan *deviceSlot, deviceDepth), closed: make(chan struct{})}
 	for range deviceDepth {
-		d.free <- new(passthru)
+		d.free <- new(deviceSlot)
 	}
 	if err := d.identify(); err != nil {
 		d.Close()
@@ -165,7 +173,7 @@ func (d *Device) identify() error {
 	d.ns = Namespace{NSID: uint32(nsid), CSI: nvmeof.CSIKV}
 	page := make([]byte, nvmeof.IdentifySize)
 	cmd := nvmeof.MakeIdentify(nvmeof.CNSNamespaceCSI, d.ns.NSID, nvmeof.CSIKV)
-	if _, err := d.do(ioctlAdmin, &cmd, page); err != nil {
+	if _, err := d.admin(cmd, page); err != nil {
 		var st nvmeof.Status
 		if errors.As(err, &st) {
 			return fmt.Errorf("%w: namespace %d is not a Key Value namespace (%w)", ErrNoNamespace, d.ns.NSID, st)
@@ -209,8 +217,19 @@ func (d *Device) MaxTransfer() uint64 { return d.maxTransfer(nil) }
 
 func (d *Device) maxTransfer(b []byte) uint64 {
 	page := uint64(os.Getpagesize())
-	into := uint64(uintptr(unsafe.Pointer(unsafe.SliceData(b)))) % page
-	return min(d.maxBytes, d.maxPages*page-into)
+	return min(d.maxBytes, d.maxPages*page-uint64(uintptr(unsafe.Pointer(unsafe.SliceData(b))))%page)
+}
+
+// fits tells whether one command carries data in pieces.
+func (d *Device) fits(pieces [][]byte) bool {
+	page := uint64(os.Getpagesize())
+	bytes, pages := uint64(0), uint64(0)
+	for _, p := range pieces {
+		first := uint64(uintptr(unsafe.Pointer(unsafe.SliceData(p)))) % page
+		bytes += uint64(len(p))
+		pages += (first + uint64(len(p)) + page - 1) / page
+	}
+	return bytes <= d.maxBytes && pages <= d.maxPages && len(pieces) <= maxDeviceVecs
 }
 
 // Close closes the device. Commands under way are waited for, later ones return [ErrClosed].
@@ -226,37 +245,36 @@ func (d *Device) Close() error {
 	return err
 }
 
-func (d *Device) submit(ctx context.Context, cmd *nvmeof.Command, buf []byte) (nvmeof.Completion, int, error) {
-	var p *passthru
+func (d *Device) submit(ctx context.Context, cmd nvmeof.Command, data data, _ bool) (nvmeof.Completion, int, error) {
+	var s *deviceSlot
 	select {
-	case p = <-d.free:
+	case s = <-d.free:
 	case <-ctx.Done():
 		return nvmeof.Completion{}, 0, context.Cause(ctx)
 	case <-d.closed:
 		return nvmeof.Completion{}, 0, ErrClosed
 	}
-	defer func() { d.free <- p }()
+	defer func() { d.free <- s }()
 	select {
 	case <-d.closed:
 		return nvmeof.Completion{}, 0, ErrClosed
 	default:
 	}
-	if m := d.maxTransfer(buf); uint64(len(buf)) > m {
-		return nvmeof.Completion{}, 0, tooLarge(len(buf), m)
+	size := data.size()
+	if m := d.maxTransfer(data.buf); uint64(size) > m || !d.fits(data.pieces) {
+		return nvmeof.Completion{}, 0, tooLarge(size, m)
 	}
-	st, err := d.call(ioctlIO, cmd, buf, p)
+	cqe, err := d.call(ioctlIO, &cmd, data, s)
 	n := 0
-	if err == nil && st == nvmeof.Success && cmd.Direction() == nvmeof.ControllerToHost {
-		n = len(buf) // the kernel does not tell
+	if err == nil && cqe.Status() == nvmeof.Success && cmd.Direction() == nvmeof.ControllerToHost {
+		n = -1 // the kernel does not tell
 	}
-	return nvmeof.MakeCompletion(uint32(p.result), uint32(p.result>>32), 0, 0, 0, st), n, err
+	return cqe, n, err
 }
 
-// do carries out a command during set-up.
-func (d *Device) do(request uintptr, cmd *nvmeof.Command, buf []byte) (nvmeof.Completion, error) {
-	var p passthru
-	st, err := d.call(request, cmd, buf, &p)
-	cqe := nvmeof.MakeCompletion(uint32(p.result), uint32(p.result>>32), 0, 0, 0, st)
+// admin carries out an admin command that reads a page.
+func (d *Device) admin(cmd nvmeof.Command, page []byte) (nvmeof.Completion, error) {
+	cqe, err := d.call(ioctlAdmin, &cmd, data{buf: page}, new(deviceSlot))
 	return cqe, statusError(cqe, err)
 }
 
@@ -266,29 +284,37 @@ const (
 	hostAborted   = 0x371 // the connection ended while the command was in flight
 )
 
-func (d *Device) call(request uintptr, cmd *nvmeof.Command, buf []byte, p *passthru) (nvmeof.Status, error) {
-	*p = passthru{opcode: cmd.Opcode(), nsid: cmd.NSID(), cdw2: cmd.DW(2), cdw3: cmd.DW(3), dataLen: uint32(len(buf))}
-	for i := range p.cdw10 {
-		p.cdw10[i] = cmd.DW(10 + i)
+func (d *Device) call(request uintptr, cmd *nvmeof.Command, data data, s *deviceSlot) (nvmeof.Completion, error) {
+	s.passthru = passthru{opcode: cmd.Opcode(), nsid: cmd.NSID(), cdw2: cmd.DW(2), cdw3: cmd.DW(3), dataLen: uint32(len(data.buf))}
+	for i := range s.cdw10 {
+		s.cdw10[i] = cmd.DW(10 + i)
 	}
-	if len(buf) > 0 {
-		p.addr = unsafe.Pointer(unsafe.SliceData(buf))
+	switch {
+	case len(data.pieces) > 0:
+		request = ioctlIOVec
+		for _, p := range data.pieces {
+			s.vecs = append(s.vecs, vec(p))
+		}
+		s.addr, s.dataLen = unsafe.Pointer(&s.vecs[0]), uint32(len(s.vecs))
+	case len(data.buf) > 0:
+		s.addr = unsafe.Pointer(unsafe.SliceData(data.buf))
 	}
-	n, err := d.ioctl(d.fd, request, unsafe.Pointer(p))
-	runtime.KeepAlive(buf)
-	p.addr = nil
-	switch st := nvmeof.Status(n); {
+	n, err := d.ioctl(d.fd, request, unsafe.Pointer(&s.passthru))
+	s.addr = nil // the caller's memory is not kept
+	clear(s.vecs)
+	s.vecs = s.vecs[:0]
+	st := nvmeof.Status(n)
+	switch {
 	case errors.Is(err, unix.EACCES):
-		return 0, fmt.Errorf("the kernel does not pass command %02Xh on for this user: %w", cmd.Opcode(), err)
+		err = fmt.Errorf("the kernel does not pass command %02Xh on for this user: %w", cmd.Opcode(), err)
 	case errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):
-		return 0, fmt.Errorf("%w: %s: %w", ErrConnectionLost, d.path, err)
+		err = fmt.Errorf("%w: %s: %w", ErrConnectionLost, d.path, err)
 	case err != nil:
-		return 0, fmt.Errorf("command %02Xh with %d bytes on %s: %w", cmd.Opcode(), len(buf), d.path, err)
+		err = fmt.Errorf("command %02Xh with %d bytes on %s: %w", cmd.Opcode(), data.size(), d.path, err)
 	case st.Code() == hostPathError:
-		return 0, fmt.Errorf("%w: %s", ErrConnectionLost, d.path)
+		err = fmt.Errorf("%w: %s", ErrConnectionLost, d.path)
 	case st.Code() == hostAborted:
-		return 0, fmt.Errorf("%w: %s: %w", ErrConnectionLost, d.path, ErrOutcomeUnknown)
-	default:
-		return st, nil
+		err = fmt.Errorf("%w: %s: %w", ErrConnectionLost, d.path, ErrOutcomeUnknown)
 	}
+	return nvmeof.MakeCompletion(uint32(s.result), uint32(s.result>>32), 0, 0, 0, st), err
 }

@@ -14,6 +14,7 @@ import (
 	"unsafe"
 
 	"github.com/kvof/kvof/nvmeof"
+	"golang.org/x/sys/unix"
 )
 
 // attachment is a made-up /sys and /dev with Key Value namespaces behind them.
@@ -73,7 +74,10 @@ func (a *attachment) ioctl(fd int, request uintptr, arg unsafe.Pointer) (int, er
 	for i, v := range p.cdw10 {
 		cmd.SetDW(10+i, v)
 	}
-	buf := unsafe.Slice((*byte)(p.addr), p.dataLen)
+	var buf []byte
+	if request != 0xC0504E49 {
+		buf = unsafe.Slice((*byte)(p.addr), p.dataLen)
+	}
 	if p.flags != 0 || p.metadata != 0 || p.timeout != 0 || p.nsid != n.nsid {
 		a.t.Errorf("%+v", p)
 		return 0, syscall.EINVAL
@@ -88,6 +92,14 @@ func (a *attachment) ioctl(fd int, request uintptr, arg unsafe.Pointer) (int, er
 		}
 		(&nvmeof.IdentifyKV{NSZE: 1 << 30, MaxKey: 16, MaxValue: 64 << 20, NGUID: [16]byte{n.nguid}}).Encode(buf)
 		return 0, nil
+	case 0xC0504E49:
+		var d data
+		for _, v := range unsafe.Slice((*unix.Iovec)(p.addr), p.dataLen) {
+			d.pieces = append(d.pieces, unsafe.Slice(v.Base, v.Len))
+		}
+		cqe, _, err := n.submit(context.Background(), cmd, d, false)
+		p.result = uint64(cqe.DW0())
+		return int(cqe.Status()), err
 	case 0xC0504E48:
 		if n.hold != nil {
 			<-n.hold
@@ -95,7 +107,7 @@ func (a *attachment) ioctl(fd int, request uintptr, arg unsafe.Pointer) (int, er
 		if n.errno != nil || n.st != 0 {
 			return int(n.st), n.errno
 		}
-		cqe, _, err := n.submit(context.Background(), &cmd, buf)
+		cqe, _, err := n.submit(context.Background(), cmd, data{buf: buf}, false)
 		p.result = uint64(cqe.DW0())
 		if errors.Is(err, ErrTransferSize) {
 			return 0, syscall.EINVAL
@@ -183,6 +195,25 @@ func TestDeviceKV(t *testing.T) {
 		t.Error(err)
 	}
 	if err := kv.Store(ctx, []byte("k"), page[1:1<<20+1-4096], 0); err != nil {
+		t.Error(err)
+	}
+	pieces := [][]byte{page[:10], {}, page[100:5000], page[4096*3:][:4096]}
+	if err := kv.StorePieces(ctx, []byte("k"), pieces, 0); err != nil {
+		t.Error(err)
+	}
+	want := bytes.Join(pieces, nil)
+	clear(page)
+	if size, err := kv.RetrievePieces(ctx, []byte("k"), pieces); size != len(want) || err != nil || !bytes.Equal(bytes.Join(pieces, nil), want) {
+		t.Error(size, err)
+	}
+	tiny := make([][]byte, 257) // each touches a page
+	for i := range tiny {
+		tiny[i] = page[i:][:1]
+	}
+	if err := kv.StorePieces(ctx, []byte("k"), tiny, 0); !errors.Is(err, ErrTransferSize) {
+		t.Error(err)
+	}
+	if err := kv.StorePieces(ctx, []byte("k"), tiny[1:], 0); err != nil {
 		t.Error(err)
 	}
 	n := 0

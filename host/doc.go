@@ -10,5 +10,8 @@
 // An I/O allocates nothing.
 //
 // A command that the controller refuses returns its [nvmeof.Status]. A lost connection, a broken protocol or a
-// missed keep alive ends the whole controller: every waiting command returns [ErrConnectionLost] at once.
+// missed keep alive ends the whole controller: every waiting command returns [ErrConnectionLost] at once, unless the
+// controller reconnects ([Options.Reconnect]).
+//
+// [OpenDevice] gives the same Key Value namespace through the kernel's own host, and [KV.Values] values of any size.
 package host

@@ -113,9 +113,9 @@ func (k *KV) existChunk(ctx context.Context, keys [][]byte, found []bool) error 
 	for _, key := range keys {
 		l.Add(key)
 	}
-	data := l.Bytes()
-	c.cmd = nvmeof.MakeExistMany(k.ns.NSID, uint32(len(data)))
-	cqe, _, err := k.path.submit(ctx, &c.cmd, data)
+	list := l.Bytes()
+	c.cmd = nvmeof.MakeExistMany(k.ns.NSID, uint32(len(list)))
+	cqe, _, err := k.path.submit(ctx, c.cmd, data{buf: list}, false)
 	if err = statusError(cqe, err); err != nil {
 		return err
 	}

@@ -16,7 +16,7 @@ import (
 // an error unless the bytes completed it, and guard bytes around the buffers must stay.
 func FuzzReceive(f *testing.F) {
 	const size = 300
-	data := func(dg nvmeof.Digests, cid uint16, off uint32, n int, flags uint8) []byte {
+	c2h := func(dg nvmeof.Digests, cid uint16, off uint32, n int, flags uint8) []byte {
 		h := make([]byte, 200)
 		h = h[:nvmeof.EncodeData(h, nvmeof.PDUC2HData, flags, cid, 0, off, n, 4, dg)]
 		b := make([]byte, n)
@@ -37,8 +37,8 @@ func FuzzReceive(f *testing.F) {
 	}
 	// Slot 0 holds a Retrieve, slot 1 a Store of two H2CData PDUs, slot 2 an Exist.
 	for i, dg := range []nvmeof.Digests{{}, {Header: true}, {Data: true}, {Header: true, Data: true}} {
-		f.Add(uint8(i), append(data(dg, 0, 0, size, nvmeof.FlagLast), reply(dg, 0, 0)...))
-		f.Add(uint8(i), append(data(dg, 0, 0, 100, 0), data(dg, 0, 100, 200, nvmeof.FlagLast|nvmeof.FlagSuccess)...))
+		f.Add(uint8(i), append(c2h(dg, 0, 0, size, nvmeof.FlagLast), reply(dg, 0, 0)...))
+		f.Add(uint8(i), append(c2h(dg, 0, 0, 100, 0), c2h(dg, 0, 100, 200, nvmeof.FlagLast|nvmeof.FlagSuccess)...))
 		f.Add(uint8(i), append(r2t(dg, 1, 0, 5000), reply(dg, 1, 0)...))
 		f.Add(uint8(i), append(r2t(dg, 1, 0, 100), r2t(dg, 1, 100, 4900)...))
 		f.Add(uint8(i), append(reply(dg, 2, nvmeof.KeyDoesNotExist), reply(dg, 2, 0)...))
@@ -58,7 +58,7 @@ func FuzzReceive(f *testing.F) {
 		if err != nil {
 			t.Skip(err)
 		}
-		q := &queue{id: 1, conn: conn.(*net.TCPConn), dg: nvmeof.Digests{Header: mode&1 != 0, Data: mode&2 != 0}, align: 4, maxData: 4096}
+		q := &tcpQueue{id: 1, conn: conn.(*net.TCPConn), dg: nvmeof.Digests{Header: mode&1 != 0, Data: mode&2 != 0}, align: 4, maxData: 4096}
 		if err := q.start(4); err != nil {
 			t.Fatal(err)
 		}
@@ -77,12 +77,12 @@ func FuzzReceive(f *testing.F) {
 			}
 			var cmd nvmeof.Command
 			cmd.SetHeader(c.op, 0, 1)
-			s.data.set(c.buf)
+			s.data.set(data{buf: c.buf})
 			q.prepare(s, &cmd)
 			if err := q.enqueue(s); err != nil {
 				t.Fatal(err)
 			}
-			wg.Go(func() { _, _, _ = q.wait(context.Background(), s) })
+			wg.Go(func() { _, _, _ = q.await(context.Background(), s) })
 		}
 		// The commands are out before the answers come.
 		if _, err := io.ReadFull(peer, make([]byte, 3*(nvmeof.CapsuleCmdSize+int(mode&1)*nvmeof.DigestSize))); err != nil {

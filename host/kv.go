@@ -18,20 +18,6 @@ type KV struct {
 	many atomic.Int32 // whether the target has Exist Many: see exist.go
 }
 
-// path carries the I/O commands of a namespace: a [Controller] or a [Device].
-type path interface {
-	// submit carries out a command, and returns how many bytes arrived in buf, or at least as many as the controller
-	// says it sent. The error is never a [nvmeof.Status].
-	submit(ctx context.Context, cmd *nvmeof.Command, buf []byte) (cqe nvmeof.Completion, n int, err error)
-	// maxTransfer is how many bytes from the start of b one command carries; 0 = no limit. A nil b is aligned best.
-	maxTransfer(b []byte) uint64
-}
-
-func do(ctx context.Context, p path, cmd *nvmeof.Command, buf []byte) (nvmeof.Completion, int, error) {
-	cqe, n, err := p.submit(ctx, cmd, buf)
-	return cqe, n, statusError(cqe, err)
-}
-
 // StoreMode is a condition on a Store.
 type StoreMode uint8
 
@@ -62,12 +48,8 @@ func (k *KV) maxValue(b []byte) uint64 {
 	}
 }
 
-func (k *KV) command(op uint8, key []byte, buf []byte, option uint8) (nvmeof.Command, error) {
-	return k.commandFor(op, key, len(buf), option)
-}
-
-// commandFor builds a command with size bytes of data.
-func (k *KV) commandFor(op uint8, key []byte, size int, option uint8) (cmd nvmeof.Command, err error) {
+// command builds a command with size bytes of data.
+func (k *KV) command(op uint8, key []byte, size int, option uint8) (cmd nvmeof.Command, err error) {
 	if len(key) > nvmeof.MaxKeyLen || len(key) == 0 && op != nvmeof.OpList {
 		return cmd, nvmeof.InvalidKeySize
 	}
@@ -83,39 +65,58 @@ func (k *KV) commandFor(op uint8, key []byte, size int, option uint8) (cmd nvmeo
 // Store stores a value, empty ones too. value must not change until Store returns. When ctx ends before the value
 // has been sent, the connection is given up with it.
 func (k *KV) Store(ctx context.Context, key, value []byte, m StoreMode) error {
-	cmd, err := k.command(nvmeof.OpStore, key, value, uint8(m))
+	return k.store(ctx, key, data{buf: value}, m)
+}
+
+// StorePieces is [KV.Store] of a value that lies in several pieces of memory, in their order.
+func (k *KV) StorePieces(ctx context.Context, key []byte, value [][]byte, m StoreMode) error {
+	return k.store(ctx, key, data{pieces: value}, m)
+}
+
+func (k *KV) store(ctx context.Context, key []byte, d data, m StoreMode) error {
+	cmd, err := k.command(nvmeof.OpStore, key, d.size(), uint8(m))
 	if err != nil {
 		return err
 	}
-	_, _, err = do(ctx, k.path, &cmd, value)
-	return err
+	cqe, _, err := k.path.submit(ctx, cmd, d, m == StoreIfAbsent) // a second time it is there
+	return statusError(cqe, err)
 }
 
 // Retrieve reads a value into buf and returns its full size, which may be more than len(buf): then buf holds its
 // first bytes. An empty buf asks for the size only.
 func (k *KV) Retrieve(ctx context.Context, key, buf []byte) (size int, err error) {
-	cmd, err := k.command(nvmeof.OpRetrieve, key, buf, 0)
+	return k.retrieve(ctx, key, data{buf: buf})
+}
+
+// RetrievePieces is [KV.Retrieve] into several pieces of memory, in their order.
+func (k *KV) RetrievePieces(ctx context.Context, key []byte, bufs [][]byte) (size int, err error) {
+	return k.retrieve(ctx, key, data{pieces: bufs})
+}
+
+func (k *KV) retrieve(ctx context.Context, key []byte, d data) (size int, err error) {
+	room := d.size()
+	cmd, err := k.command(nvmeof.OpRetrieve, key, room, 0)
 	if err != nil {
 		return 0, err
 	}
-	cqe, n, err := do(ctx, k.path, &cmd, buf)
+	cqe, n, err := do(ctx, k.path, cmd, d)
 	if err != nil {
 		return 0, err
 	}
 	size = int(cqe.DW0())
-	if n < min(size, len(buf)) {
-		return 0, protocolError("retrieve of a %d-byte value into %d bytes brought %d", size, len(buf), n)
+	if n >= 0 && n != min(size, room) {
+		return 0, protocolError("retrieve of a %d-byte value into %d bytes brought %d", size, room, n)
 	}
 	return size, nil
 }
 
 // Exist reports whether a key is present.
 func (k *KV) Exist(ctx context.Context, key []byte) (bool, error) {
-	cmd, err := k.command(nvmeof.OpExist, key, nil, 0)
+	cmd, err := k.command(nvmeof.OpExist, key, 0, 0)
 	if err != nil {
 		return false, err
 	}
-	cqe, _, err := k.path.submit(ctx, &cmd, nil)
+	cqe, _, err := k.path.submit(ctx, cmd, data{}, false)
 	if err == nil && cqe.Status().Code() == nvmeof.KeyDoesNotExist {
 		return false, nil
 	}
@@ -126,12 +127,12 @@ func (k *KV) Exist(ctx context.Context, key []byte) (bool, error) {
 // Delete deletes a key. Whether deleting an absent key is an error ([nvmeof.KeyDoesNotExist]) is a setting of the
 // namespace (EDNEK).
 func (k *KV) Delete(ctx context.Context, key []byte) error {
-	cmd, err := k.command(nvmeof.OpDelete, key, nil, 0)
+	cmd, err := k.command(nvmeof.OpDelete, key, 0, 0)
 	if err != nil {
 		return err
 	}
-	_, _, err = do(ctx, k.path, &cmd, nil)
-	return err
+	cqe, _, err := k.path.submit(ctx, cmd, data{}, true) // a second time it may be absent
+	return statusError(cqe, err)
 }
 
 // Flush makes all completed stores durable.
@@ -140,7 +141,7 @@ func (k *KV) Flush(ctx context.Context) error { return flush(ctx, k.path, k.ns.N
 func flush(ctx context.Context, p path, nsid uint32) error {
 	var cmd nvmeof.Command
 	cmd.SetHeader(nvmeof.OpFlush, 0, nsid)
-	_, _, err := do(ctx, p, &cmd, nil)
+	_, _, err := do(ctx, p, cmd, data{})
 	return err
 }
 
@@ -188,10 +189,13 @@ func (k *KV) List(ctx context.Context, from []byte) iter.Seq2[[]byte, error] {
 
 // listPage reads one List reply.
 func (k *KV) listPage(ctx context.Context, from, buf []byte) (int, error) {
-	cmd, err := k.command(nvmeof.OpList, from, buf, 0)
+	cmd, err := k.command(nvmeof.OpList, from, len(buf), 0)
 	if err != nil {
 		return 0, err
 	}
-	_, n, err := do(ctx, k.path, &cmd, buf)
+	_, n, err := do(ctx, k.path, cmd, data{buf: buf})
+	if n < 0 {
+		n = len(buf) // the list says itself how long it is
+	}
 	return n, err
 }

@@ -31,7 +31,16 @@ func (m *memory) open() *KV {
 
 func (m *memory) maxTransfer([]byte) uint64 { return m.limit }
 
-func (m *memory) submit(ctx context.Context, cmd *nvmeof.Command, buf []byte) (nvmeof.Completion, int, error) {
+func (m *memory) submit(ctx context.Context, cmd nvmeof.Command, d data, _ bool) (nvmeof.Completion, int, error) {
+	if d.pieces != nil {
+		buf := bytes.Join(d.pieces, nil)
+		cqe, n, err := m.submit(ctx, cmd, data{buf: buf}, false)
+		for _, p := range d.pieces {
+			buf = buf[copy(p, buf):]
+		}
+		return cqe, n, err
+	}
+	buf := d.buf
 	if ctx.Err() != nil {
 		return nvmeof.Completion{}, 0, context.Cause(ctx)
 	}

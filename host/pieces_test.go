@@ -13,10 +13,10 @@ func TestPieces(t *testing.T) {
 		bufs := rapid.SliceOfN(rapid.SliceOfN(rapid.Byte(), 0, 40), 0, 60).Draw(t, "pieces")
 		maxData := rapid.IntRange(1, 30).Draw(t, "maxData") * 4
 		var p pieces
-		p.set([]byte("what a slot had before"), []byte("in pieces"))
+		p.set(data{pieces: [][]byte{[]byte("what a slot had before"), []byte("in pieces")}})
 		p.at(25)
 		p.drop()
-		p.set(bufs...)
+		p.set(data{pieces: bufs})
 		want := bytes.Join(bufs, nil)
 		if p.size != len(want) {
 			t.Fatalf("size %d, want %d", p.size, len(want))

@@ -19,10 +19,10 @@ const (
 	maxDepth = 1 << slotBits
 )
 
-// queue is one NVMe queue pair on its own TCP connection. Three parties share it: submitters, who put their capsule
+// tcpQueue is one NVMe queue pair on its own TCP connection. Three parties share it: submitters, who put their capsule
 // into sendq; whoever of them finds sending unset, and so sends for all (on a full socket the writer goroutine takes
 // over); and the reader goroutine, which receives everything and finishes commands.
-type queue struct {
+type tcpQueue struct {
 	id        uint16
 	conn      *net.TCPConn
 	sock      *socket
@@ -82,8 +82,8 @@ type slot struct {
 
 const maxAlign = 128
 
-// init completes a queue whose connection is set up and starts its goroutines.
-func (q *queue) start(depth int) error {
+// start completes a queue whose connection is set up and starts its goroutines.
+func (q *tcpQueue) start(depth int) error {
 	sock, err := newSocket(q.conn)
 	if err != nil {
 		return err
@@ -105,36 +105,20 @@ func (q *queue) start(depth int) error {
 	return nil
 }
 
-// do carries out one command: fills in identifier and SGL, sends it, waits. It returns the completion and how many
-// bytes arrived in buf. The error is never a [nvmeof.Status].
-func (q *queue) do(ctx context.Context, cmd *nvmeof.Command, buf []byte) (nvmeof.Completion, int, error) {
+func (q *tcpQueue) do(ctx context.Context, cmd nvmeof.Command, d data) (nvmeof.Completion, int, error) {
 	s, err := q.acquire(ctx)
 	if err != nil {
 		return nvmeof.Completion{}, 0, err
 	}
-	s.data.set(buf)
-	return q.carry(ctx, s, cmd)
-}
-
-// doPieces is do with data in several pieces. It does not keep bufs itself.
-func (q *queue) doPieces(ctx context.Context, cmd *nvmeof.Command, bufs [][]byte) (nvmeof.Completion, int, error) {
-	s, err := q.acquire(ctx)
-	if err != nil {
-		return nvmeof.Completion{}, 0, err
-	}
-	s.data.set(bufs...)
-	return q.carry(ctx, s, cmd)
-}
-
-func (q *queue) carry(ctx context.Context, s *slot, cmd *nvmeof.Command) (nvmeof.Completion, int, error) {
-	q.prepare(s, cmd)
+	s.data.set(d)
+	q.prepare(s, &cmd)
 	if err := q.enqueue(s); err != nil {
 		return nvmeof.Completion{}, 0, err
 	}
-	return q.wait(ctx, s)
+	return q.await(ctx, s)
 }
 
-func (q *queue) acquire(ctx context.Context) (*slot, error) {
+func (q *tcpQueue) acquire(ctx context.Context) (*slot, error) {
 	select {
 	case i := <-q.free:
 		return &q.slots[i], nil
@@ -151,13 +135,17 @@ func (q *queue) acquire(ctx context.Context) (*slot, error) {
 }
 
 // prepare fills a slot that has its data and that nobody else sees yet, and encodes its capsule.
-func (q *queue) prepare(s *slot, cmd *nvmeof.Command) {
+func (q *tcpQueue) prepare(s *slot, cmd *nvmeof.Command) {
 	s.dir = cmd.Direction()
 	s.inCapsule, s.capsule = false, false
 	s.got, s.asked, s.sent = 0, 0, 0
 	s.err = nil
 	n := 0
-	if s.dir == nvmeof.HostToController && s.data.size <= q.inCapsule && len(s.data.list) <= pduVecs-2 {
+	limit := q.inCapsule
+	if cmd.Opcode() == nvmeof.OpFabrics {
+		limit = max(limit, nvmeof.ConnectDataSize) // Connect's data is always in the capsule
+	}
+	if s.dir == nvmeof.HostToController && s.data.size <= limit && len(s.data.list) <= pduVecs-2 {
 		s.inCapsule, n = s.data.size > 0, s.data.size
 	}
 	id := uint8(nvmeof.SGLTransport)
@@ -170,7 +158,7 @@ func (q *queue) prepare(s *slot, cmd *nvmeof.Command) {
 }
 
 // enqueue puts the slot's capsule on its way.
-func (q *queue) enqueue(s *slot) error {
+func (q *tcpQueue) enqueue(s *slot) error {
 	q.mu.Lock()
 	if q.err != nil {
 		q.mu.Unlock()
@@ -196,7 +184,7 @@ func (q *queue) enqueue(s *slot) error {
 	return nil
 }
 
-func (q *queue) wait(ctx context.Context, s *slot) (nvmeof.Completion, int, error) {
+func (q *tcpQueue) await(ctx context.Context, s *slot) (nvmeof.Completion, int, error) {
 	if ctx.Done() == nil {
 		<-s.done
 	} else {
@@ -216,7 +204,7 @@ func (q *queue) wait(ctx context.Context, s *slot) (nvmeof.Completion, int, erro
 
 // cancel ends the wait for a slot. When it returns nothing reads or writes the slot's buffer any more. It reports
 // whether the command finished after all; otherwise the slot goes back by itself when its completion comes.
-func (q *queue) cancel(s *slot) (finished bool) {
+func (q *tcpQueue) cancel(s *slot) (finished bool) {
 	q.mu.Lock()
 	switch {
 	case s.state == slotFinished && s.refs == 0:
@@ -246,7 +234,7 @@ func (q *queue) cancel(s *slot) (finished bool) {
 }
 
 // finish completes a slot; the caller holds the mutex.
-func (q *queue) finish(s *slot) {
+func (q *tcpQueue) finish(s *slot) {
 	s.state = slotFinished
 	if s.refs == 0 {
 		q.release(s)
@@ -254,7 +242,7 @@ func (q *queue) finish(s *slot) {
 }
 
 // unref takes a slot's entry off the send path; the caller holds the mutex.
-func (q *queue) unref(s *slot) {
+func (q *tcpQueue) unref(s *slot) {
 	s.refs--
 	if s.refs == 0 && s.state == slotFinished {
 		q.release(s)
@@ -262,7 +250,7 @@ func (q *queue) unref(s *slot) {
 }
 
 // release hands a finished slot to its waiter, or back when there is none; the caller holds the mutex.
-func (q *queue) release(s *slot) {
+func (q *tcpQueue) release(s *slot) {
 	q.inflight--
 	s.cid += maxDepth
 	if s.orphan.Load() {
@@ -276,7 +264,7 @@ func (q *queue) release(s *slot) {
 }
 
 // fail ends the queue: the connection is closed, and everything waiting returns err. Idempotent.
-func (q *queue) fail(err error) {
+func (q *tcpQueue) fail(err error) {
 	q.mu.Lock()
 	if q.err != nil {
 		q.mu.Unlock()
@@ -293,7 +281,7 @@ func (q *queue) fail(err error) {
 
 // drain finishes every command of a failed queue. Only the reader calls it, as its last act, so that nothing
 // receives into a buffer any more.
-func (q *queue) drain() {
+func (q *tcpQueue) drain() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.rx = nil
@@ -310,7 +298,7 @@ func (q *queue) drain() {
 }
 
 // detach tells a waiting cancel that the reader has let go of the buffer; the caller holds the mutex.
-func (q *queue) detach(s *slot) {
+func (q *tcpQueue) detach(s *slot) {
 	if s.detach != nil {
 		close(s.detach)
 		s.detach = nil
@@ -318,5 +306,8 @@ func (q *queue) detach(s *slot) {
 	}
 }
 
-// load is the number of commands that would wait in this queue, for choosing among queues.
-func (q *queue) load() int { return cap(q.free) - len(q.free) }
+func (q *tcpQueue) load() int { return cap(q.free) - len(q.free) }
+
+func (q *tcpQueue) depth() int { return len(q.slots) }
+
+func (q *tcpQueue) wait() { q.wg.Wait() }

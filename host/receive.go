@@ -32,7 +32,7 @@ const (
 func (b *inbox) init(s *socket) { b.sock, b.buf, b.ahead = s, make([]byte, inboxSize), inboxSize }
 
 // receive runs until the connection ends, and then finishes all commands.
-func (q *queue) receive() {
+func (q *tcpQueue) receive() {
 	var err error
 	for err == nil {
 		err = q.receivePDU()
@@ -54,7 +54,7 @@ func (q *queue) receive() {
 }
 
 // sendTerm tells the target why the connection ends, if the socket is free for it.
-func (q *queue) sendTerm(e *nvmeof.TermError) {
+func (q *tcpQueue) sendTerm(e *nvmeof.TermError) {
 	q.mu.Lock()
 	if q.sending || q.err != nil {
 		q.mu.Unlock()
@@ -70,7 +70,7 @@ func (q *queue) sendTerm(e *nvmeof.TermError) {
 }
 
 // peek returns the next n bytes, n at most MaxPDUHeader + DigestSize; they are valid until the next read.
-func (q *queue) peek(n int) ([]byte, error) {
+func (q *tcpQueue) peek(n int) ([]byte, error) {
 	b := &q.in
 	for b.w-b.r < n {
 		if b.r > 0 {
@@ -88,7 +88,7 @@ func (q *queue) peek(n int) ([]byte, error) {
 }
 
 // read is socket.read, except that a passed deadline only says that a command was cancelled.
-func (q *queue) read(a, b []byte) (int, error) {
+func (q *tcpQueue) read(a, b []byte) (int, error) {
 	for {
 		n, err := q.sock.read(a, b)
 		if !errors.Is(err, os.ErrDeadlineExceeded) {
@@ -101,7 +101,7 @@ func (q *queue) read(a, b []byte) (int, error) {
 	}
 }
 
-func (q *queue) receivePDU() error {
+func (q *tcpQueue) receivePDU() error {
 	b, err := q.peek(nvmeof.PDUHeaderSize)
 	if err != nil {
 		return err
@@ -136,7 +136,7 @@ func (q *queue) receivePDU() error {
 }
 
 // active finds the slot of a command in flight; the caller holds the mutex.
-func (q *queue) active(cid uint16) *slot {
+func (q *tcpQueue) active(cid uint16) *slot {
 	if i := int(cid % maxDepth); i < len(q.slots) {
 		if s := &q.slots[i]; s.state == slotActive && s.cid == cid && s.capsule {
 			return s
@@ -149,7 +149,7 @@ func unknownCID(off uint32) error {
 	return &nvmeof.TermError{FES: nvmeof.FESInvalidField, FEI: off, Why: "PDU for a command that is not in flight"}
 }
 
-func (q *queue) receiveResponse(p *nvmeof.PDU) error {
+func (q *tcpQueue) receiveResponse(p *nvmeof.PDU) error {
 	cqe := nvmeof.Completion(p.Raw[nvmeof.PDUHeaderSize:])
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -162,12 +162,14 @@ func (q *queue) receiveResponse(p *nvmeof.PDU) error {
 	return nil
 }
 
-func (q *queue) receiveR2T(p *nvmeof.PDU) error {
+func (q *tcpQueue) receiveR2T(p *nvmeof.PDU) error {
 	q.mu.Lock()
 	s := q.active(p.CCCID())
 	var err error
 	off, n := p.DATAO(), p.DATAL()
 	switch {
+	case q.err != nil: // nobody sends any more
+		err = q.err
 	case s == nil:
 		err = unknownCID(8)
 	case s.orphan.Load():
@@ -200,7 +202,7 @@ func (q *queue) receiveR2T(p *nvmeof.PDU) error {
 	return nil
 }
 
-func (q *queue) receiveData(p *nvmeof.PDU) error {
+func (q *tcpQueue) receiveData(p *nvmeof.PDU) error {
 	cid, off, n, pad, flags := p.CCCID(), p.DATAO(), p.DataLen(), p.Pad(), p.Flags
 	if pad > 0 {
 		if _, err := q.peek(pad); err != nil { // at most 255 bytes
@@ -261,7 +263,7 @@ func (q *queue) receiveData(p *nvmeof.PDU) error {
 
 // receiveBytes receives a PDU's n data bytes into the slot's data from off on, or nowhere when it is not to be kept, as that of
 // an orphan, and sums them if data digests are on.
-func (q *queue) receiveBytes(s *slot, keep bool, off, n int) (crc uint32, err error) {
+func (q *tcpQueue) receiveBytes(s *slot, keep bool, off, n int) (crc uint32, err error) {
 	b := &q.in
 	b.ahead = inboxSize
 	if n >= largePDU {

@@ -36,7 +36,7 @@ const (
 
 // flush sends all that is queued; the caller owns q.sending and loses it. It waits for a full socket only if wait is
 // set, and leaves the rest to the writer goroutine otherwise.
-func (q *queue) flush(wait bool) {
+func (q *tcpQueue) flush(wait bool) {
 	for q.gather() {
 		err := q.sock.write(wait)
 		if err == nil && len(q.sock.wvec) > 0 { // would wait
@@ -59,7 +59,7 @@ func (q *queue) flush(wait bool) {
 }
 
 // writer continues where a submitter found the socket full.
-func (q *queue) writer() {
+func (q *tcpQueue) writer() {
 	for {
 		select {
 		case <-q.kick:
@@ -78,7 +78,7 @@ func (q *queue) writer() {
 
 // gather prepares the next write. It lets go of the slots that are sent, and when nothing is left it gives up
 // q.sending and returns false.
-func (q *queue) gather() bool {
+func (q *tcpQueue) gather() bool {
 	if len(q.sock.wvec) > 0 {
 		return true // handed over
 	}
@@ -113,7 +113,7 @@ func (q *queue) gather() bool {
 	return true
 }
 
-func (q *queue) sentLocked() {
+func (q *tcpQueue) sentLocked() {
 	for _, i := range q.out.ready {
 		q.unref(&q.slots[i])
 	}
@@ -121,7 +121,7 @@ func (q *queue) sentLocked() {
 }
 
 // gatherPDU adds the slot's next PDU to the write, and reports whether it has more.
-func (q *queue) gatherPDU(s *slot) bool {
+func (q *tcpQueue) gatherPDU(s *slot) bool {
 	o := &q.out
 	q.mu.Lock()
 	if !s.capsule {
@@ -152,7 +152,7 @@ func (q *queue) gatherPDU(s *slot) bool {
 }
 
 // addData adds n bytes of the slot's data from off, and their digest.
-func (q *queue) addData(s *slot, off, n int) {
+func (q *tcpQueue) addData(s *slot, off, n int) {
 	o := &q.out
 	var crc uint32
 	for n > 0 {
@@ -179,7 +179,7 @@ func (o *outbox) add(b []byte) {
 }
 
 // abandon lets go of every slot on the send path of a failed queue; the caller owns q.sending, which stays set.
-func (q *queue) abandon() {
+func (q *tcpQueue) abandon() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	o := &q.out

@@ -126,11 +126,11 @@ type limited struct {
 }
 
 func (l *limited) maxTransfer([]byte) uint64 { return l.limit }
-func (l *limited) submit(ctx context.Context, cmd *nvmeof.Command, buf []byte) (nvmeof.Completion, int, error) {
-	if l.limit != 0 && uint64(len(buf)) > l.limit {
-		return nvmeof.Completion{}, 0, tooLarge(len(buf), l.limit)
+func (l *limited) submit(ctx context.Context, cmd nvmeof.Command, d data, once bool) (nvmeof.Completion, int, error) {
+	if l.limit != 0 && uint64(d.size()) > l.limit {
+		return nvmeof.Completion{}, 0, tooLarge(d.size(), l.limit)
 	}
-	return l.memory.submit(ctx, cmd, buf)
+	return l.memory.submit(ctx, cmd, d, once)
 }
 
 func TestValuesReplace(t *testing.T) {
@@ -409,8 +409,8 @@ type losing struct {
 	lose func(op uint8) bool
 }
 
-func (l losing) submit(ctx context.Context, cmd *nvmeof.Command, buf []byte) (nvmeof.Completion, int, error) {
-	cqe, n, err := l.memory.submit(ctx, cmd, buf)
+func (l losing) submit(ctx context.Context, cmd nvmeof.Command, d data, once bool) (nvmeof.Completion, int, error) {
+	cqe, n, err := l.memory.submit(ctx, cmd, d, once)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if cmd.Opcode() == nvmeof.OpStore && l.lose(cmd.Opcode()) {
