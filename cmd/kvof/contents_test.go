@@ -30,7 +30,7 @@ func TestContentsOf(t *testing.T) {
 			t.Errorf("%s: %q, %v", name, got, err)
 		}
 	}
-	for _, off := range []int{0, edge - 1, size / (probes + 1) &^ 4095 * 30, size - edge, size - 1} {
+	for _, off := range []int{0, edge - 1, (size / (probes + 1) * 30) &^ 4095, size - edge, size - 1} {
 		if got, err := contentsOf(bytes.NewReader(put(off, "x")), size); err != nil || !strings.HasPrefix(got, "data") {
 			t.Errorf("a byte at %d: %q, %v", off, got, err)
 		}

@@ -82,6 +82,7 @@ func newRootCommand() *cobra.Command {
 		newServeCommand(),
 		newStatusCommand(),
 		newDriveCommand(),
+		newSetupCommand(),
 		newDiscoverCommand(),
 		newPutCommand(),
 		newGetCommand(),
