@@ -42,6 +42,14 @@ for nsid in 2 3; do
 		--size=64m --verify=crc32c --verify_fatal=1 --output=fio.log
 done
 
+it 'flexible data placement: what is written goes to the handle of the configuration'
+available() { nvme fdp status "$(ng drive2)" -o json | jq -c '[.ruhss[].ruamw]'; }
+before=$(available)
+head -c 65536 /dev/urandom > data
+nvme write "${disk[3]}" --start-block=0 --block-count=15 --data-size=65536 --data=data
+after=$(available)
+[ "$(jq -cn "[$before, $after] | transpose | map(.[0] != .[1])")" = '[false,true,false,false]' ]
+
 it 'a media error stays one, and its neighbours are read'
 nvme read "${disk[4]}" --start-block=204792 --block-count=7 --data-size=4096 --data=out
 fails nvme read "${disk[4]}" --start-block=204800 --block-count=7 --data-size=4096 --data=out 2> error
