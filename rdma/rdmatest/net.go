@@ -101,6 +101,7 @@ type Device struct {
 	removed bool
 	mrs     map[uint32]*mr
 	open    int // queues
+	srqs    int
 	ids     []*conn
 	stalled bool
 	events  chan rdma.Event
@@ -294,9 +295,10 @@ type srq struct {
 func (d *Device) NewSRQ(depth int) (rdma.SRQ, error) {
 	d.net.mu.Lock()
 	defer d.net.mu.Unlock()
-	if depth > d.caps.MaxSRQWR || d.caps.MaxSRQ == 0 {
+	if depth > d.caps.MaxSRQWR || d.srqs == d.caps.MaxSRQ {
 		return nil, syscall.EINVAL
 	}
+	d.srqs++
 	s := &srq{rq: recvQueue{net: d.net, dev: d, depth: depth}, h: uintptr(d.net.id())}
 	d.net.queues[s.h] = s
 	d.open++
@@ -310,6 +312,7 @@ func (s *srq) Close() error {
 	defer s.rq.net.mu.Unlock()
 	delete(s.rq.net.queues, s.h)
 	s.rq.dev.open--
+	s.rq.dev.srqs--
 	return nil
 }
 

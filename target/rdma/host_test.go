@@ -213,7 +213,7 @@ func (e *env) dial(private []byte, payload int) (*host, error) {
 	h.ch.Turn(&b, nil)
 	p, err := id.Connect(context.Background(), rdma.ConnParam{Private: private, InitiatorDepth: 0, ResponderResources: 4})
 	if err == nil {
-		if n, err := nvmeof.DecodeRDMAAccept(p.Private); err != nil || n < hostDepth {
+		if n, err := nvmeof.DecodeRDMAAccept(p.Private); err != nil || n == 0 {
 			e.Errorf("accepted with %d receives, %v", n, err)
 		}
 	}
