@@ -46,7 +46,7 @@ type conn struct {
 
 	listed    bool         // among lane.dirty; the lane's
 	taken     atomic.Int32 // commands whose response is not posted
-	connected bool         // a Connect succeeded; the listener's watch looks
+	connected atomic.Bool  // a Connect succeeded
 	progress  atomic.Uint64
 	last      uint64 // progress, when checkStall last looked
 	still     time.Duration
@@ -415,6 +415,9 @@ func (c *conn) Complete(r *target.Request) {
 	if o.bad && r.CQE.Status() == nvmeof.Success {
 		r.CQE = nvmeof.MakeCompletion(0, 0, r.CQE.SQHD(), c.queue.ID(), r.CQE.CID(), nvmeof.InternalError)
 	}
+	if r.Cmd.Opcode() == nvmeof.OpFabrics && r.Cmd.FCType() == nvmeof.FCConnect && r.CQE.Status() == nvmeof.Success {
+		c.connected.Store(true)
+	}
 	it := item{op: o, kind: response, page: noPage}
 	c.mu.Lock()
 	if o.held {
@@ -759,10 +762,8 @@ func (c *conn) retire(it *item) {
 // checkStall ends the connection when it was not set up in time, or its host takes part in no transfer for the listener's
 // limit. It is called once in every period d.
 func (c *conn) checkStall(d time.Duration) {
-	if !c.connected {
-		if c.connected = c.queue.Controller() != nil; !c.connected && time.Since(c.born) > c.l.setup {
-			c.Close("no Connect in time")
-		}
+	if !c.connected.Load() && time.Since(c.born) > c.l.setup {
+		c.Close("no Connect in time")
 	}
 	c.mu.Lock()
 	busy := c.done.len() > 0 || c.out.len() > 0 || c.reads.len() > 0
