@@ -215,7 +215,13 @@ func prepareDrive(c chosenDrive, o setupOptions, story io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = cmp.Or(err, d.Close()) }()
+	erased := false
+	defer func() {
+		err = cmp.Or(err, d.Close())
+		if erased {
+			rereadPartitions(c.Block) // which nobody can while it is held
+		}
+	}()
 	// Nobody else can change it from here on.
 	contents, err := contentsOf(deviceReader{d, arena}, d.Size())
 	if err != nil {
@@ -229,8 +235,7 @@ func prepareDrive(c chosenDrive, o setupOptions, story io.Writer) (err error) {
 		if err := erase(d); err != nil {
 			return err
 		}
-		rereadPartitions(c.Block)
-		contents = contentsEmpty
+		erased, contents = true, contentsEmpty
 	}
 	if o.kind == string(configs.KeyValue) {
 		s, err := kvlayer.Open(d, arena, kvlayer.Options{MaxValue: kvlayer.MaxValue, Log: slog.New(slog.DiscardHandler)})
