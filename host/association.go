@@ -48,6 +48,8 @@ func newTransport(o *Options) (transport, error) {
 	switch o.Transport {
 	case "tcp":
 		return tcpTransport{o}, nil
+	case "rdma":
+		return newRDMA(o)
 	}
 	return nil, fmt.Errorf("transport %q is not supported", o.Transport)
 }
@@ -220,7 +222,7 @@ func (a *association) connectQueue(ctx context.Context, id uint16, depth int) (q
 		q.wait()
 		return nil, err
 	}
-	return q, a.connectCommand(ctx, q, id, depth)
+	return q, a.connectCommand(ctx, q, id, q.depth())
 }
 
 func (a *association) connectCommand(ctx context.Context, q queue, id uint16, depth int) error {

@@ -14,6 +14,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/kvof/kvof/nvmeof"
+	"github.com/kvof/kvof/rdma"
 )
 
 // Options say how to connect. The zero value of each field but Addr gives a sensible default.
@@ -29,6 +30,9 @@ type Options struct {
 	HeaderDigest bool          // ask for CRC32C header digests
 	DataDigest   bool          // ask for CRC32C data digests
 	DialTimeout  time.Duration // 10 s by default
+
+	// Verbs is the RDMA to use, [rdma.System] by default.
+	Verbs rdma.Verbs
 
 	// Reconnect, when not 0, is for how long a lost connection is tried to be made again, at growing intervals, before the
 	// controller ends. Meanwhile commands wait, and those that were in flight are sent again, unless doing something

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/kvof/kvof/nvmeof"
+	"github.com/kvof/kvof/rdma/rdmatest"
 )
 
 // fake is a target as simple as can be: one goroutine per connection, each command carried out when it arrives.
@@ -17,7 +18,8 @@ import (
 type fake struct {
 	t           testing.TB
 	l           net.Listener
-	chunk       int // bytes in one C2HData, R2T
+	net         *rdmatest.Net // when it listens on RDMA
+	chunk       int           // bytes in one C2HData, R2T
 	success     bool
 	noCSI       bool
 	noExistMany bool
@@ -32,7 +34,7 @@ type fake struct {
 	kv     map[string][]byte
 	disk   []byte
 	aer    func(dw0 uint32) // completes the held AER
-	conns  map[net.Conn]bool
+	conns  map[io.Closer]bool
 	wg     sync.WaitGroup
 }
 
@@ -42,18 +44,24 @@ type fakeConn struct {
 	qid   uint16
 	dg    nvmeof.Digests
 	cc    uint32
+	rdma  *fakeRDMA // in place of Conn
 	wmu   sync.Mutex
 	later []func() // commands that came while another's data was awaited
 }
 
 const fakeBlock = 512
 
+func bareFake(t testing.TB) *fake {
+	return &fake{t: t, chunk: 1 << 20, ioccsz: (64 + 4096) / 16, kv: map[string][]byte{}, disk: make([]byte, 1<<20), conns: map[io.Closer]bool{}}
+}
+
 func newFake(t testing.TB) *fake {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	f := &fake{t: t, l: l, chunk: 1 << 20, ioccsz: (64 + 4096) / 16, kv: map[string][]byte{}, disk: make([]byte, 1<<20), conns: map[net.Conn]bool{}}
+	f := bareFake(t)
+	f.l = l
 	f.wg.Go(func() {
 		for {
 			conn, err := l.Accept()
@@ -77,7 +85,12 @@ func newFake(t testing.TB) *fake {
 	return f
 }
 
-func (f *fake) addr() string { return f.l.Addr().String() }
+func (f *fake) addr() string {
+	if f.net != nil {
+		return fakeRDMAAddr.String()
+	}
+	return f.l.Addr().String()
+}
 
 func (f *fake) dropAll() {
 	f.mu.Lock()
@@ -129,6 +142,10 @@ func (c *fakeConn) send(b ...[]byte) {
 func (c *fakeConn) reply(cid uint16, dw0, dw1 uint32, st nvmeof.Status) {
 	var b [nvmeof.CapsuleRspSize + nvmeof.DigestSize]byte
 	cqe := nvmeof.MakeCompletion(dw0, dw1, 0, c.qid, cid, st)
+	if c.rdma != nil {
+		c.rdma.respond(cqe[:], 0)
+		return
+	}
 	c.send(b[:nvmeof.EncodeResponse(b[:], &cqe, c.dg)])
 }
 
@@ -151,6 +168,11 @@ func (c *fakeConn) data(cid uint16, b []byte, flags uint8) {
 }
 
 func (c *fakeConn) read(cid uint16, b []byte, dw0 uint32, success bool) {
+	if c.rdma != nil {
+		c.rdma.write(cid, b)
+		c.reply(cid, dw0, 0, nvmeof.Success)
+		return
+	}
 	if success && c.success && len(b) > 0 {
 		c.data(cid, b, nvmeof.FlagLast|nvmeof.FlagSuccess)
 		return
@@ -161,6 +183,9 @@ func (c *fakeConn) read(cid uint16, b []byte, dw0 uint32, success bool) {
 
 // write fetches a command's data: in the capsule, or by R2Ts.
 func (c *fakeConn) write(cmd *nvmeof.Command, inCapsule []byte) []byte {
+	if c.rdma != nil {
+		return c.rdma.read(cmd.CID())
+	}
 	sgl := cmd.SGL()
 	n := int(sgl.Length())
 	if sgl.ID() == nvmeof.SGLOffset || n == 0 {
@@ -224,6 +249,10 @@ func (c *fakeConn) serve() {
 
 func (c *fakeConn) handle(p *nvmeof.PDU, data []byte) {
 	cmd := nvmeof.Command(p.Raw[8:])
+	c.command(cmd, data)
+}
+
+func (c *fakeConn) command(cmd nvmeof.Command, data []byte) {
 	if c.intercept != nil && c.intercept(c, &cmd) {
 		return
 	}
@@ -245,6 +274,9 @@ func (c *fakeConn) adminCommand(cmd *nvmeof.Command, data []byte) {
 	case nvmeof.OpFabrics:
 		switch cmd.FCType() {
 		case nvmeof.FCConnect:
+			if c.rdma != nil {
+				data = c.rdma.read(cid)
+			}
 			var d nvmeof.ConnectData
 			if err := d.Decode(data); err != nil {
 				c.t.Error(err)
@@ -279,7 +311,7 @@ func (c *fakeConn) adminCommand(cmd *nvmeof.Command, data []byte) {
 		var e interface{ Encode([]byte) }
 		switch cmd.CNS() {
 		case nvmeof.CNSController:
-			e = &nvmeof.IdentifyController{CNTLID: 5, MAXCMD: 128, KAS: 10, IOCCSZ: c.ioccsz, IORCSZ: 1, MDTS: c.mdts, CNTRLTYPE: 1, OAES: nvmeof.AENNamespace, NN: 2}
+			e = &nvmeof.IdentifyController{CNTLID: 5, MAXCMD: 128, KAS: 10, IOCCSZ: c.ioccsz, IORCSZ: 1, MDTS: c.mdts, CNTRLTYPE: 1, OAES: nvmeof.AENNamespace, NN: 2, SGLS: 1 | 1<<2 | 1<<20, MSDBD: fakeDescriptors}
 		case nvmeof.CNSActiveList:
 			nvmeof.EncodeNSIDList(page, []uint32{1, 2}, cmd.NSID())
 		case nvmeof.CNSDescriptors:

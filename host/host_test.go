@@ -24,6 +24,9 @@ const testNQN = "nqn.2024-01.io.kvof:test"
 func connect(t testing.TB, f *fake, o Options) *Controller {
 	t.Helper()
 	o.Addr, o.SubNQN = f.addr(), testNQN
+	if f.net != nil {
+		o.Transport, o.Verbs = "rdma", f.net
+	}
 	c, err := Connect(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)
@@ -63,43 +66,43 @@ func eachWay(t *testing.T, test func(t *testing.T, f *fake, o Options)) {
 	}
 }
 
-func TestKV(t *testing.T) {
-	eachWay(t, func(t *testing.T, f *fake, o Options) {
-		ctx := t.Context()
-		kv := openKV(t, connect(t, f, o))
-		for _, n := range []int{0, 1, 3, 4096, 4097, 65536, 300001, 3 << 20} {
-			key, v := fmt.Appendf(nil, "key%d", n), random(n)
-			if ok, err := kv.Exist(ctx, key); ok || err != nil {
-				t.Fatal(ok, err)
-			}
-			if err := kv.Store(ctx, key, v, StoreIfAbsent); err != nil {
-				t.Fatal(err)
-			}
-			if err := kv.Store(ctx, key, v, StoreIfAbsent); !errors.Is(err, nvmeof.KeyExists) {
-				t.Fatal(err)
-			}
-			buf := make([]byte, n+10)
-			if got, err := kv.Retrieve(ctx, key, buf); got != n || err != nil || !bytes.Equal(buf[:n], v) {
-				t.Fatal(n, got, err)
-			}
-			half := make([]byte, n/2)
-			if got, err := kv.Retrieve(ctx, key, half); got != n || err != nil || !bytes.Equal(half, v[:n/2]) {
-				t.Fatal(n, got, err)
-			}
-			if ok, err := kv.Exist(ctx, key); !ok || err != nil {
-				t.Fatal(ok, err)
-			}
+func TestKV(t *testing.T) { eachWay(t, testKV) }
+
+func testKV(t *testing.T, f *fake, o Options) {
+	ctx := t.Context()
+	kv := openKV(t, connect(t, f, o))
+	for _, n := range []int{0, 1, 3, 4096, 4097, 65536, 300001, 3 << 20} {
+		key, v := fmt.Appendf(nil, "key%d", n), random(n)
+		if ok, err := kv.Exist(ctx, key); ok || err != nil {
+			t.Fatal(ok, err)
 		}
-		if err := kv.Delete(ctx, []byte("key0")); err != nil {
+		if err := kv.Store(ctx, key, v, StoreIfAbsent); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := kv.Retrieve(ctx, []byte("key0"), nil); !errors.Is(err, nvmeof.KeyDoesNotExist) {
+		if err := kv.Store(ctx, key, v, StoreIfAbsent); !errors.Is(err, nvmeof.KeyExists) {
 			t.Fatal(err)
 		}
-		if err := kv.Store(ctx, make([]byte, 17), nil, 0); !errors.Is(err, nvmeof.InvalidKeySize) {
-			t.Fatal(err)
+		buf := make([]byte, n+10)
+		if got, err := kv.Retrieve(ctx, key, buf); got != n || err != nil || !bytes.Equal(buf[:n], v) {
+			t.Fatal(n, got, err)
 		}
-	})
+		half := make([]byte, n/2)
+		if got, err := kv.Retrieve(ctx, key, half); got != n || err != nil || !bytes.Equal(half, v[:n/2]) {
+			t.Fatal(n, got, err)
+		}
+		if ok, err := kv.Exist(ctx, key); !ok || err != nil {
+			t.Fatal(ok, err)
+		}
+	}
+	if err := kv.Delete(ctx, []byte("key0")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := kv.Retrieve(ctx, []byte("key0"), nil); !errors.Is(err, nvmeof.KeyDoesNotExist) {
+		t.Fatal(err)
+	}
+	if err := kv.Store(ctx, make([]byte, 17), nil, 0); !errors.Is(err, nvmeof.InvalidKeySize) {
+		t.Fatal(err)
+	}
 }
 
 func TestList(t *testing.T) {
@@ -136,48 +139,48 @@ func TestList(t *testing.T) {
 	}
 }
 
-func TestBlock(t *testing.T) {
-	eachWay(t, func(t *testing.T, f *fake, o Options) {
-		ctx := t.Context()
-		b, err := connect(t, f, o).Block(ctx, 2)
+func TestBlock(t *testing.T) { eachWay(t, testBlock) }
+
+func testBlock(t *testing.T, f *fake, o Options) {
+	ctx := t.Context()
+	b, err := connect(t, f, o).Block(ctx, 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	check := func(err error) {
+		t.Helper()
 		if err != nil {
 			t.Fatal(err)
 		}
-		check := func(err error) {
-			t.Helper()
-			if err != nil {
-				t.Fatal(err)
-			}
-		}
-		for _, n := range []int{1, 8, 9, 200, 1000} {
-			v, got := random(n*512), make([]byte, n*512)
-			check(b.Write(ctx, 3, v))
-			check(b.Read(ctx, 3, got))
-			if !bytes.Equal(v, got) {
-				t.Fatal("read differs")
-			}
-			check(b.Compare(ctx, 3, v))
-			v[n*512-1]++
-			if err := b.Compare(ctx, 3, v); !errors.Is(err, nvmeof.CompareFailure) {
-				t.Fatal(err)
-			}
-			check(b.Verify(ctx, 3, n))
-		}
-		check(b.WriteZeroes(ctx, 3, 4))
-		check(b.Deallocate(ctx, Range{7, 2}, Range{20, 1}))
-		check(b.Flush(ctx))
-		got := make([]byte, 6*512)
+	}
+	for _, n := range []int{1, 8, 9, 200, 1000} {
+		v, got := random(n*512), make([]byte, n*512)
+		check(b.Write(ctx, 3, v))
 		check(b.Read(ctx, 3, got))
-		if !bytes.Equal(got, make([]byte, 6*512)) {
-			t.Fatal("not zero")
+		if !bytes.Equal(v, got) {
+			t.Fatal("read differs")
 		}
-		if err := b.Read(ctx, b.Blocks(), got); !errors.Is(err, nvmeof.LBAOutOfRange) {
+		check(b.Compare(ctx, 3, v))
+		v[n*512-1]++
+		if err := b.Compare(ctx, 3, v); !errors.Is(err, nvmeof.CompareFailure) {
 			t.Fatal(err)
 		}
-		if b.Read(ctx, 0, got[:100]) == nil || b.Verify(ctx, 0, 0) == nil || b.Deallocate(ctx) == nil {
-			t.Fatal("nonsense is accepted")
-		}
-	})
+		check(b.Verify(ctx, 3, n))
+	}
+	check(b.WriteZeroes(ctx, 3, 4))
+	check(b.Deallocate(ctx, Range{7, 2}, Range{20, 1}))
+	check(b.Flush(ctx))
+	got := make([]byte, 6*512)
+	check(b.Read(ctx, 3, got))
+	if !bytes.Equal(got, make([]byte, 6*512)) {
+		t.Fatal("not zero")
+	}
+	if err := b.Read(ctx, b.Blocks(), got); !errors.Is(err, nvmeof.LBAOutOfRange) {
+		t.Fatal(err)
+	}
+	if b.Read(ctx, 0, got[:100]) == nil || b.Verify(ctx, 0, 0) == nil || b.Deallocate(ctx) == nil {
+		t.Fatal("nonsense is accepted")
+	}
 }
 
 func TestNamespaces(t *testing.T) {
