@@ -52,8 +52,17 @@ type comparison struct {
 	metric      metric
 	size        int // bytes of an operation
 	of          func(b *bench) []contestant
-	spdk        bool // needs SPDK
+	needs       needs
 }
+
+// needs is what a comparison needs beside kvof.
+type needs uint8
+
+const (
+	needsPeers needs = iota // redis and memcached
+	needsSPDK
+	needsShim // a C compiler
+)
 
 // metric is what ratios are made of.
 type metric struct {
@@ -73,14 +82,19 @@ const (
 )
 
 var comparisons = []comparison{
-	{"kv-store", "2 MiB Store and SET, four in flight", throughput("1.0 or more"), 2 * mib, keyValue("store", "set"), false},
-	{"kv-retrieve", "2 MiB Retrieve and GET, four in flight", throughput("1.0 or more"), 2 * mib, keyValue("retrieve", "get"), false},
-	{"block-read", "2 MiB block read, depth 4", throughput(""), 2 * mib, block("read", 2*mib, 4), true},
-	{"block-write", "2 MiB block write, depth 4", throughput(""), 2 * mib, block("write", 2*mib, 4), true},
-	{"block-4k", "4 KiB block random read, depth 32", iops("0.5 or more"), 4 * kib, block("randread", 4*kib, 32), true},
-	{"block-4k-q1", "4 KiB block random read, depth 1", latency("2.0 or less"), 4 * kib, block("randread", 4*kib, 1), true},
-	{"kv-store-spdk", "2 MiB Store against SPDK's block write, depth 4", throughput("0.9 or more"), 2 * mib, keyValueBlock("store", "write"), true},
-	{"kv-retrieve-spdk", "2 MiB Retrieve against SPDK's block read, depth 4", throughput("0.9 or more"), 2 * mib, keyValueBlock("retrieve", "read"), true},
+	{"kv-store", "2 MiB Store and SET, four in flight", throughput("1.0 or more"), 2 * mib, keyValue("store", "set"), needsPeers},
+	{"kv-retrieve", "2 MiB Retrieve and GET, four in flight", throughput("1.0 or more"), 2 * mib, keyValue("retrieve", "get"), needsPeers},
+	{"block-read", "2 MiB block read, depth 4", throughput(""), 2 * mib, block("read", 2*mib, 4), needsSPDK},
+	{"block-write", "2 MiB block write, depth 4", throughput(""), 2 * mib, block("write", 2*mib, 4), needsSPDK},
+	{"block-4k", "4 KiB block random read, depth 32", iops("0.5 or more"), 4 * kib, block("randread", 4*kib, 32), needsSPDK},
+	{"block-4k-q1", "4 KiB block random read, depth 1", latency("2.0 or less"), 4 * kib, block("randread", 4*kib, 1), needsSPDK},
+	{"kv-store-spdk", "2 MiB Store against SPDK's block write, depth 4", throughput("0.9 or more"), 2 * mib, keyValueBlock("store", "write"), needsSPDK},
+	{"kv-retrieve-spdk", "2 MiB Retrieve against SPDK's block read, depth 4", throughput("0.9 or more"), 2 * mib, keyValueBlock("retrieve", "read"), needsSPDK},
+	{"shim-store-2m", "2 MiB Store through the C interface, four in flight", throughput("0.95 or more"), 2 * mib, shim("store", 2*mib, 4), needsShim},
+	{"shim-store-16m", "16 MiB Store through the C interface, four in flight", throughput("0.95 or more"), 16 * mib, shim("store", 16*mib, 4), needsShim},
+	{"shim-retrieve-2m", "2 MiB Retrieve through the C interface, four in flight", throughput("0.95 or more"), 2 * mib, shim("retrieve", 2*mib, 4), needsShim},
+	{"shim-retrieve-16m", "16 MiB Retrieve through the C interface, four in flight", throughput("0.95 or more"), 16 * mib, shim("retrieve", 16*mib, 4), needsShim},
+	{"shim-prefix", "exist-prefix of 1,000 keys through the C interface, one at a time", latency(""), 8, shimPrefix, needsShim},
 }
 
 // keyValue compares Key Value work with redis and memcached: one connection with four requests in flight, as NVMe
@@ -391,17 +405,21 @@ func (b *bench) run(names []string) (err error) {
 		if len(names) > 0 && !slices.Contains(names, c.name) {
 			continue
 		}
-		if c.spdk && b.spdk == "" {
+		if c.needs == needsSPDK && b.spdk == "" {
 			if len(names) > 0 {
 				return fmt.Errorf("%s needs SPDK_DIR", c.name)
 			}
 			fmt.Printf("### %s: left out, SPDK_DIR is not set\n\n", c.name)
 			continue
 		}
-		if !c.spdk {
-			if err := b.preparePeers(); err != nil {
-				return err
-			}
+		switch c.needs {
+		case needsPeers:
+			err = b.preparePeers()
+		case needsShim:
+			err = b.prepareShim()
+		}
+		if err != nil {
+			return err
 		}
 		if err := b.compare(c); err != nil {
 			return fmt.Errorf("%s: %w", c.name, err)
