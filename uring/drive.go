@@ -220,7 +220,7 @@ func (d *device) claim() error {
 		return fmt.Errorf("uring: %w", err)
 	}
 	d.block = f
-	if err := unix.Flock(d.fd(), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+	if err := lock(d.fd()); errors.Is(err, unix.EWOULDBLOCK) {
 		return fmt.Errorf("uring: %s is %w by another server (fuser %[1]s shows which): stop it or name another drive", d.Name(), ErrInUse)
 	} else if err != nil {
 		return fmt.Errorf("uring: lock %s: %w", d.Name(), err)

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"github.com/pawelgaczynski/giouring"
@@ -95,7 +96,7 @@ func (d *file) open(size int64) error {
 		return fmt.Errorf("uring: %w", err)
 	}
 	d.f, d.fd = f, int(f.Fd())
-	if err := unix.Flock(d.fd, unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+	if err := lock(d.fd); errors.Is(err, unix.EWOULDBLOCK) {
 		return fmt.Errorf("uring: %s is %w by another server (fuser %[1]s shows which): stop it or name another file", d.path, ErrInUse)
 	} else if err != nil {
 		return fmt.Errorf("uring: lock %s: %w", d.path, err)
@@ -259,6 +260,18 @@ func (d *file) Info() DeviceInfo {
 		i.Warnings = append(i.Warnings, d.path+" goes through the page cache: its file system has no direct I/O; use ext4, xfs or a block device")
 	}
 	return i
+}
+
+// lock locks a file against other servers: EWOULDBLOCK if one has it. It waits a
+// little, as the kernel ends the rings of a killed server, and lets go of its
+// files, only after the process has gone.
+func lock(fd int) error {
+	for end := time.Now().Add(2 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
+		if !errors.Is(err, unix.EWOULDBLOCK) || time.Now().After(end) {
+			return err
+		}
+	}
 }
 
 // Close implements Device.
