@@ -5,8 +5,6 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
-
-	"github.com/zeebo/xxh3"
 )
 
 // MaxKey is the longest key in bytes.
@@ -51,5 +49,3 @@ func (k Key) Compare(o Key) int {
 	}
 	return cmp.Compare(k.n, o.n)
 }
-
-func (k *Key) hash() uint64 { return xxh3.Hash(k.b[:k.n]) }

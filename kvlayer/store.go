@@ -6,9 +6,10 @@ import (
 	"log/slog"
 	"sync"
 	"sync/atomic"
+	"time"
 
+	"github.com/google/uuid"
 	"github.com/kvof/kvof/uring"
-	"github.com/tidwall/btree"
 )
 
 // Errors to test for with errors.Is. Others come from the device: see uring.
@@ -25,6 +26,7 @@ var (
 	errInUse = errors.New("kvlayer: Writer or Reader is already in use")
 	errIdle  = errors.New("kvlayer: Writer or Reader is not in use")
 	errShort = errors.New("kvlayer: value committed before its last byte")
+	errFull  = errors.New("kvlayer: no free segment")
 )
 
 // Mode says when a value may be stored.
@@ -36,137 +38,144 @@ const (
 	StoreIfAbsent      // creates only: else ErrExists
 )
 
-// Options of Open. The zero value is usable.
-type Options struct {
-	MaxValue int64                 // largest value in bytes; 0, or beyond what the device takes: as large as that
-	MaxKeys  int                   // most keys; 0: as many as fit
-	Log      *slog.Logger          // nil: silent
-	Progress func(done, total int) // called while Open reads segments, by one goroutine at a time
+// Eviction says what makes room in a full store.
+type Eviction uint8
+
+const (
+	EvictClock       Eviction = iota // the oldest values that nobody has read since they were stored or last spared
+	EvictS3FIFO                      // a tenth of the space is for new values, the rest for those read at least twice there
+	EvictSecondTouch                 // as EvictClock, but a value is kept only when its key is stored for a second time
+	EvictFIFO                        // the oldest values, read or not: nothing is ever written twice
+	EvictNever                       // nothing: a full store answers ErrNoSpace
+)
+
+func (e Eviction) String() string {
+	return [...]string{"clock", "s3-fifo", "second-touch", "fifo", "never"}[min(e, EvictNever)]
 }
 
-// Store is an open store.
+// Options of a Store. The zero value is usable: a recomputable cache that takes
+// what room there is and evicts by CLOCK.
+type Options struct {
+	MaxValue int64 // largest value in bytes; 0, or beyond what the pool takes: as large as that
+	MaxKeys  int   // most keys; 0: as many as fit
+	Eviction Eviction
+	Quota    int64         // most bytes of records, headers and padding among them; 0: all of the pool
+	Share    int64         // bytes of records that no other store of the pool can evict
+	TTL      time.Duration // values older than that are not found; 0: no limit
+	Flushed  bool          // a Store or Delete completes when it survives a power cut, not when it is written
+	Strict   bool          // a corrupt value stays and answers ErrCorrupt until it is replaced; else it is dropped after the first time
+	Log      *slog.Logger  // nil: the pool's, or silent
+
+	// For Open, which makes the pool, alone: see PoolOptions.
+	Progress func(done, total int)
+	Scrub    int64
+}
+
+// Store is one tenant of a pool: a set of keys and their values, and the policy for them.
 type Store struct {
-	dev      uring.Device
-	arena    *uring.Arena
-	log      *slog.Logger
-	mem      bool // the device is memory: values are written and read in place
-	super    super
+	p      *Pool
+	tenant int
+	index  *index
+	own    bool // the pool ends with the store
+
+	o        Options // under Pool.mu until attached
+	attached bool    // under Pool.mu
 	maxValue int64
-	maxKeys  int
-	capacity int64 // bytes of records that can be live
-	seq      atomic.Uint64
 	closed   atomic.Bool
+	ghost    *ghost
 	c        counters
 
-	// Locks are taken in the order of the fields below, and a slot before
-	// any but the first. Only alloc is held long, by who makes room.
+	used     atomic.Int64 // bytes of live records and of writes in progress
+	held     atomic.Int64 // bytes of segments
+	small    atomic.Int64 // those of classNew
+	promised atomic.Int64 // keys of writes in progress that are not in the index; counted only under MaxKeys
+	waiting  int          // Stores that wait for room, under Pool.mu
 
-	alloc   sync.Mutex // makes room: opens and cleans segments
-	gen     uint64     // of the newest segment
-	copyBuf uring.Buf
-
-	moving  sync.RWMutex      // read: a record header is written; write: records move
-	stripes [256]sync.RWMutex // by key. Read: its header is read; write: its headers are written
-
-	mu       sync.RWMutex // never held across I/O
-	index    *btree.BTreeG[entry]
-	segs     []segment
-	open     *segment        // the log's end; nil while there is none
-	cleaning bool            // the log's end is reserved for the cleaner
-	holes    map[int64]int64 // aborted writes in the open segment that are not last: end to start
-	used     int64           // bytes of live records and of writes in progress
-	promised int             // keys of writes in progress that are not in the index
-
-	slots    chan *slot
-	slotsBuf uring.Buf
+	// Locks are taken in this order: a slot, the key's stripe, segment.meta, device.alloc,
+	// Pool.mu, a leaf of the index. The stripe is held by who writes headers of the key's records.
+	stripes [256]sync.Mutex
 }
 
-// entry is a value in the index: 40 bytes, no pointer.
-type entry struct {
-	off  int64 // of its header on the device
-	seq  uint64
-	size uint32
-	key  Key
-}
-
-func (e *entry) span() int64 { return span(int64(e.size)) }
-
-// slot is what one header's I/O needs. Slots are the store's own, not taken
-// from the shared arena: nobody holds one while waiting for the network.
-type slot struct {
-	op  uring.Op
-	mem []byte // maxHeader bytes, nil on a memory device
-}
-
-const headerSlots = uring.LargeBuf / maxHeader
-
-// memorySlot is everybody's on memory devices, where headers are written in place.
-var memorySlot slot
-
-func (s *Store) slot() (*slot, error) {
-	if s.closed.Load() {
-		return nil, ErrClosed
+// Open opens the only store of a pool of one device, which it formats if its first
+// 128 KiB are zero: see OpenPool. The store's Close closes the pool.
+func Open(dev uring.Device, arena *uring.Arena, o Options) (*Store, error) {
+	p, err := OpenPool([]uring.Device{dev}, arena, PoolOptions{Log: o.Log, Progress: o.Progress, Scrub: o.Scrub})
+	if err != nil {
+		return nil, err
 	}
-	if s.mem {
-		return &memorySlot, nil
+	s, err := p.Store(uuid.Nil, o)
+	if err != nil {
+		return nil, errors.Join(err, p.Close())
 	}
-	sl, ok := <-s.slots
-	if !ok {
-		return nil, ErrClosed
-	}
-	return sl, nil
+	s.own = true
+	return s, nil
 }
 
-func (s *Store) putSlot(sl *slot) {
-	if !s.mem {
-		s.slots <- sl
+// attach begins to serve. Under Pool.mu.
+func (s *Store) attach(o Options) {
+	p := s.p
+	if o.Log == nil {
+		o.Log = p.log
+	}
+	s.o, s.attached = o, true
+	s.closed.Store(false)
+	most := maxParts * p.super.extent
+	for _, d := range p.devs { // the parts of a value fit into the segments that are not kept free
+		most = min(most, int64(len(d.segs)-d.high())*(p.usable()/span(p.super.extent))*p.super.extent)
+	}
+	s.maxValue = max(p.super.extent, most)
+	if o.MaxValue > 0 {
+		s.maxValue = min(s.maxValue, o.MaxValue)
+	}
+	if s.ghost = nil; o.Eviction == EvictS3FIFO || o.Eviction == EvictSecondTouch {
+		s.ghost = newGhost(p.Capacity())
 	}
 }
 
-// header returns the n bytes in which to prepare a header for off.
-func (s *Store) header(sl *slot, off, n int64) []byte {
-	if s.mem {
-		return s.dev.View(off, n)
-	}
-	return sl.mem[:n]
-}
-
-// writeHeader writes what was prepared.
-func (s *Store) writeHeader(sl *slot, off, n int64) error {
-	if s.mem {
+// Close ends the service: Writers are aborted and Readers closed before, by their
+// owners; other calls fail with ErrClosed from here on. Its values stay, without a
+// guaranteed share, until it is opened again.
+func (s *Store) Close() error {
+	if !s.closed.CompareAndSwap(false, true) {
 		return nil
 	}
-	return s.transfer(&sl.op, uring.OpWrite, off, sl.mem[:n])
-}
-
-func (s *Store) transfer(op *uring.Op, kind uring.OpKind, off int64, b []byte) error {
-	op.Kind, op.Off, op.Data = kind, off, b
-	return op.Do(s.dev)
-}
-
-// read returns n bytes at off: in place on a memory device, else in buf.
-func (s *Store) read(op *uring.Op, buf []byte, off, n int64) ([]byte, error) {
-	if s.mem {
-		return s.dev.View(off, n), nil
+	if s.own {
+		return s.p.Close()
 	}
-	return buf[:n], s.transfer(op, uring.OpRead, off, buf[:n])
+	err := s.p.flushAll()
+	s.p.mu.Lock()
+	s.attached = false
+	s.o = Options{Log: s.p.log}
+	s.p.mu.Unlock()
+	return err
 }
 
-// kill marks e's record dead in place, so that no recovery brings it back.
-func (s *Store) kill(sl *slot, e entry, gen uint64) error {
-	r := record{kind: recordDead, key: e.key, off: e.off, gen: gen, seq: e.seq, size: int64(e.size)}
-	putRecord(s.header(sl, e.off, block), s.super.seed, r, nil)
-	return s.writeHeader(sl, e.off, block)
+// Pool returns the pool that the store is part of.
+func (s *Store) Pool() *Pool { return s.p }
+
+func (s *Store) stripe(k Key) *sync.Mutex {
+	hi, lo := k.words()
+	return &s.stripes[s.index.hash(hi, lo, uint64(k.n))%uint64(len(s.stripes))]
 }
 
-func (s *Store) stripe(k Key) *sync.RWMutex { return &s.stripes[k.hash()%uint64(len(s.stripes))] }
+// expired tells that a value has outlived the store's TTL.
+func (s *Store) expired(e entry) bool { return s.o.TTL > 0 && age(e.seq()) > s.o.TTL }
 
-func (s *Store) segmentOf(off int64) *segment { return &s.segs[(off-dataStart)/s.super.segSize] }
+// touches is how many reads of a value the eviction tells apart.
+func (s *Store) touches() int {
+	switch s.o.Eviction {
+	case EvictS3FIFO:
+		return 3
+	case EvictClock, EvictSecondTouch:
+		return 1
+	}
+	return 0
+}
 
-func (s *Store) lookup(k Key) (entry, bool) {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	return s.index.Get(entry{key: k})
+// lookup returns k's entry, unless it has expired.
+func (s *Store) lookup(k Key, touches int) (entry, bool) {
+	e, ok := s.index.get(k, 0, touches)
+	return e, ok && !s.expired(e)
 }
 
 // MaxValue is the largest value the store takes, in bytes.
@@ -174,132 +183,208 @@ func (s *Store) MaxValue() int64 { return s.maxValue }
 
 // Exist tells whether k is stored, and the size of its value in bytes.
 func (s *Store) Exist(k Key) (size int64, ok bool) {
-	e, ok := s.lookup(k)
+	e, ok := s.lookup(k, s.touches())
+	if ok {
+		g, _ := s.p.segmentOf(e.block())
+		ok = !g.dev.lost.Load()
+	}
 	s.c.looked(ok)
-	return int64(e.size), ok
+	if !ok {
+		return 0, false
+	}
+	return e.size(), true
 }
 
 // Delete removes k. Once it returns, k is gone for good; Readers that have it
 // open read on. An error leaves k as it was.
 func (s *Store) Delete(k Key) (existed bool, err error) {
-	if _, ok := s.lookup(k); !ok {
-		return false, nil
+	if s.closed.Load() {
+		return false, ErrClosed
 	}
-	sl, err := s.slot()
-	if err != nil {
-		return false, err
-	}
-	defer s.putSlot(sl)
-	s.moving.RLock()
-	defer s.moving.RUnlock()
-	lock := s.stripe(k)
-	lock.Lock()
-	defer lock.Unlock()
-	e, ok := s.lookup(k)
+	e, ok := s.index.get(k, 0, 0)
 	if !ok {
 		return false, nil
 	}
-	seg := s.segmentOf(e.off)
-	if err := s.kill(sl, e, seg.gen); err != nil {
+	live := !s.expired(e)
+	existed, err = s.erase(k, nil, reasonDelete)
+	return existed && live, err
+}
+
+// erase removes k's value; that of only alone, if not nil.
+func (s *Store) erase(k Key, only *entry, why reason) (existed bool, err error) {
+	if s.closed.Load() {
+		return false, ErrClosed
+	}
+	sl, err := s.p.slot()
+	if err != nil {
+		return false, err
+	}
+	defer s.p.putSlot(sl)
+	lock := s.stripe(k)
+	lock.Lock()
+	defer lock.Unlock()
+	e, ok := s.index.get(k, 0, 0)
+	if !ok || only != nil && e.seq() != only.seq() {
+		return false, nil
+	}
+	g, err := s.kill(sl, k)
+	if g != nil {
+		defer g.meta.Unlock()
+	}
+	if err == nil && s.o.Flushed && g != nil {
+		err = g.dev.sync()
+	}
+	if err != nil {
 		return true, fmt.Errorf("kvlayer: delete %v: %w", k, err)
 	}
-	s.mu.Lock()
-	s.index.Delete(e)
-	s.drop(seg, e.span())
-	s.mu.Unlock()
-	s.c.deletes.Add(1)
+	s.forget(k, nil, why)
 	return true, nil
 }
+
+// kill marks k's record, if it has one, dead on the device. It returns its segment
+// with meta locked: the record stays where it is until the caller has published what comes
+// after it and unlocks. Under k's stripe.
+func (s *Store) kill(sl *slot, k Key) (*segment, error) {
+	for {
+		e, ok := s.index.get(k, 0, 0)
+		if !ok {
+			return nil, nil // evicted meanwhile
+		}
+		g, off := s.p.segmentOf(e.block())
+		g.meta.Lock()
+		if now, ok := s.index.get(k, 0, 0); !ok || !now.same(e) { // it moved
+			g.meta.Unlock()
+			continue
+		}
+		if g.dev.lost.Load() {
+			return g, nil // it cannot come back
+		}
+		return g, g.bury(sl, e, off)
+	}
+}
+
+// forget publishes es as what k has, and gives up the space of what it had.
+func (s *Store) forget(k Key, es []entry, why reason) {
+	var buf [maxParts]entry
+	old := s.index.replace(k, es, buf[:0])
+	s.freed(old, why)
+}
+
+// drop removes the value that e is a part of from memory, if it is there.
+func (s *Store) drop(e entry, why reason) bool {
+	var buf [maxParts]entry
+	old := s.index.remove(e, buf[:0])
+	s.freed(old, why)
+	return len(old) > 0
+}
+
+// freed gives up the space of entries that were removed from the index.
+func (s *Store) freed(old []entry, why reason) {
+	for _, e := range old {
+		n := s.span(e)
+		g, _ := s.p.segmentOf(e.block())
+		g.live.Add(-n)
+		s.used.Add(-n)
+	}
+	if len(old) > 0 {
+		s.c.removed(old[0], why)
+	}
+}
+
+func (s *Store) span(e entry) int64 { return span(partSize(e.size(), e.part(), s.p.super.extent)) }
 
 // List calls yield with keys from the lower bound from on (the zero Key: from
 // the first) and their values' sizes in bytes, in the order of Key.Compare,
 // until yield returns false. Keys stored or deleted meanwhile may show or not;
 // all others show once. No lock is held while yield runs.
 func (s *Store) List(from Key, yield func(Key, int64) bool) {
-	var batch [64]entry
-	for after := false; ; after = true {
-		n := 0
-		s.mu.RLock()
-		s.index.Ascend(entry{key: from}, func(e entry) bool {
-			if after && e.key == from {
-				return true
-			}
-			batch[n] = e
-			n++
-			return n < len(batch)
-		})
-		s.mu.RUnlock()
-		for i := range n {
-			if !yield(batch[i].key, int64(batch[i].size)) {
-				return
-			}
+	s.index.ascend(from, func(e entry) bool { return s.expired(e) || yield(e.key(), e.size()) })
+}
+
+// Pin keeps k's value from being evicted until it is unpinned, replaced or deleted,
+// or the store is opened again. ErrNotFound if there is none.
+func (s *Store) Pin(k Key, on bool) error {
+	for {
+		e, ok := s.lookup(k, 0)
+		if !ok {
+			return ErrNotFound
 		}
-		if n < len(batch) {
-			return
+		if s.index.update(e, func(e *entry) {
+			if e.meta &^= entryPinned; on {
+				e.meta |= entryPinned
+			}
+		}) {
+			return nil
 		}
-		from = batch[n-1].key
 	}
+}
+
+// Pinned calls yield with the keys that are pinned, until it returns false.
+func (s *Store) Pinned(yield func(Key, int64) bool) {
+	s.index.ascend(Key{}, func(e entry) bool { return !e.pinned() || yield(e.key(), e.size()) })
 }
 
 // Flush makes everything that had completed before it survive a power cut.
 func (s *Store) Flush() error {
-	sl, err := s.slot()
-	if err != nil || s.mem {
-		return err
-	}
-	defer s.putSlot(sl)
-	return s.flush(sl)
-}
-
-func (s *Store) flush(sl *slot) error {
-	if s.mem {
-		return nil
-	}
-	sl.op.Kind, sl.op.Data = uring.OpFlush, nil
-	return sl.op.Do(s.dev)
-}
-
-// Close flushes and returns the store's buffers. Writers are aborted and
-// Readers closed before, by their owners; other calls fail with ErrClosed from
-// here on. The device stays open.
-func (s *Store) Close() error {
-	s.alloc.Lock()
-	defer s.alloc.Unlock()
 	if s.closed.Load() {
-		return nil
+		return ErrClosed
 	}
-	err := s.Flush()
-	if s.closed.Store(true); s.mem {
-		return err
-	}
-	for range cap(s.slots) {
-		<-s.slots
-	}
-	close(s.slots)
-	s.slotsBuf.Put()
-	s.copyBuf.Put()
-	return err
+	return s.p.flushAll()
 }
+
+// reason says why a value went.
+type reason uint8
+
+const (
+	reasonReplace  reason = iota // by another value of its key
+	reasonDelete                 // by the host
+	reasonCapacity               // to make room
+	reasonExpired                // its TTL had passed
+	reasonCorrupt                // it failed its checksum
+	reasonLost                   // with its device
+	reasons        = 6
+)
+
+// EvictionReasons name the counts of Stats.Evictions. What hosts replace and delete is not evicted.
+var EvictionReasons = [...]string{"capacity", "expired", "corrupt", "lost"}
 
 // Stats describes a store. Sizes are in bytes and count headers and padding.
 type Stats struct {
 	Keys     int
 	Used     int64 // live records and writes in progress
 	Capacity int64 // that can be in use
+	Held     int64 // of the segments in use
 	MaxValue int64 // largest value
 
+	// Of its pool.
 	Segments, FreeSegments int
 	SegmentSize            int64
+	IndexBytes             int64  // memory of the pool's indices
+	Scrubbed               uint64 // bytes verified in the background
 
 	Hits, Misses    uint64 // of Open and Exist
 	Stores, Deletes uint64
-	Corrupt         uint64 // headers and pieces that failed their checksum
-	Cleaned         uint64 // segments
-	Moved           uint64 // bytes moved by cleaning
+	Written         uint64                       // bytes of records that Stores wrote
+	Moved           uint64                       // bytes of records that reclaiming wrote again
+	Reclaimed       uint64                       // segments
+	Evictions       [len(EvictionReasons)]uint64 // values
+	EvictionAge     time.Duration                // of all values evicted for capacity, summed
+	NotAdmitted     uint64                       // Stores whose value was not kept (EvictSecondTouch)
+	Corrupt         uint64                       // headers and pieces that failed their checksum
+}
+
+// WriteAmplification is what was written for each byte stored.
+func (s Stats) WriteAmplification() float64 {
+	if s.Written == 0 {
+		return 1
+	}
+	return float64(s.Written+s.Moved) / float64(s.Written)
 }
 
 type counters struct {
-	hits, misses, stores, deletes, corrupt, cleaned, moved atomic.Uint64
+	hits, misses, stores, written, moved, cleaned, skipped, corrupt, age atomic.Uint64
+
+	reasons [reasons]atomic.Uint64
 }
 
 func (c *counters) looked(hit bool) {
@@ -310,16 +395,46 @@ func (c *counters) looked(hit bool) {
 	}
 }
 
+func (c *counters) removed(e entry, why reason) {
+	c.reasons[why].Add(1)
+	if why == reasonCapacity {
+		c.age.Add(uint64(age(e.seq()) / time.Second))
+	}
+}
+
 // Stats returns the store's present state.
 func (s *Store) Stats() Stats {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	_, free := s.freeSegment()
-	return Stats{
-		Keys: s.index.Len(), Used: s.used, Capacity: s.capacity, MaxValue: s.maxValue,
-		Segments: len(s.segs), FreeSegments: free, SegmentSize: s.super.segSize,
+	p := s.p
+	st := Stats{
+		Keys: int(s.index.keys.Load()), Used: s.used.Load(), Held: s.held.Load(), Capacity: s.limit(), MaxValue: s.maxValue,
+		SegmentSize: p.super.segSize, Scrubbed: p.scrub.bytes.Load(),
 		Hits: s.c.hits.Load(), Misses: s.c.misses.Load(),
-		Stores: s.c.stores.Load(), Deletes: s.c.deletes.Load(), Corrupt: s.c.corrupt.Load(),
-		Cleaned: s.c.cleaned.Load(), Moved: s.c.moved.Load(),
+		Stores: s.c.stores.Load(), Deletes: s.c.reasons[reasonDelete].Load(),
+		Written: s.c.written.Load(), Moved: s.c.moved.Load(), Reclaimed: s.c.cleaned.Load(),
+		EvictionAge: time.Duration(s.c.age.Load()) * time.Second, NotAdmitted: s.c.skipped.Load(), Corrupt: s.c.corrupt.Load(),
 	}
+	for i := range st.Evictions {
+		st.Evictions[i] = s.c.reasons[int(reasonCapacity)+i].Load()
+	}
+	if !p.closed.Load() {
+		st.IndexBytes = p.slab.bytes()
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, d := range p.devs {
+		if !d.lost.Load() {
+			st.Segments += len(d.segs)
+			st.FreeSegments += len(d.free)
+		}
+	}
+	return st
+}
+
+// limit is how many bytes of records the store can have.
+func (s *Store) limit() int64 {
+	c := s.p.Capacity()
+	if s.o.Quota > 0 {
+		c = min(c, s.o.Quota)
+	}
+	return c
 }

@@ -3,6 +3,7 @@ package kvlayer
 import (
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/kvof/kvof/uring"
 	"github.com/zeebo/xxh3"
@@ -15,12 +16,18 @@ const window = 8
 // transferSlot is one of them.
 type transferSlot struct {
 	op   uring.Op
+	dev  *device
 	buf  uring.Buf
 	busy bool
 }
 
+func (t *transferSlot) start() {
+	t.busy = true
+	t.op.Start(t.dev.Device)
+}
+
 func (t *transferSlot) wait() error {
-	err := t.op.Wait()
+	err := t.dev.failed(t.op.Wait())
 	t.busy = false
 	return err
 }
@@ -37,11 +44,10 @@ type Writer struct {
 	done int64 // bytes filled
 	sums []uint64
 
-	seg      *segment
-	off      int64 // of the record on the device
-	gen      uint64
+	parts    [maxParts]place
+	n        int  // parts; 0: the value is not kept
 	promised bool // counted in Store.promised
-	written  bool // a header may lie at off
+	written  bool // headers may lie there
 
 	cur   uring.Buf // being filled, from byte base of the value on
 	base  int64
@@ -53,7 +59,7 @@ type Writer struct {
 // Create begins to store a value of size bytes under k, and takes the space
 // for it. It refuses here, before any payload moves: ErrExists or ErrNotFound
 // as m asks, ErrTooLarge, ErrNoSpace. On success w is in use until Commit or
-// Abort. Making room may take a while on a full device.
+// Abort. It waits only when room is made more slowly than it is taken.
 func (s *Store) Create(w *Writer, k Key, size int64, m Mode) error {
 	switch {
 	case w.s != nil:
@@ -63,58 +69,255 @@ func (s *Store) Create(w *Writer, k Key, size int64, m Mode) error {
 	case k.n == 0:
 		return ErrKeySize
 	}
-	n := span(max(0, size))
-	for {
-		s.mu.Lock()
-		promise, err := s.admit(k, m)
-		switch {
-		case err != nil:
-		case size < 0 || size > s.maxValue:
-			err = ErrTooLarge
-		case s.used+n > s.capacity:
-			err = ErrNoSpace
-		case !s.cleaning:
-			seg, off, ok := s.take(n)
-			if !ok {
-				break
-			}
-			s.used += n
-			if promise {
-				s.promised++
-			}
-			w.s, w.key, w.mode, w.size = s, k, m, size
-			w.seg, w.off, w.gen, w.promised = seg, off, seg.gen, promise
-			s.mu.Unlock()
-			w.sums = slices.Grow(w.sums[:0], int(pieces(size)))
-			return nil
+	_, ok := s.lookup(k, 0)
+	promised, err := s.admit(ok, m)
+	if err != nil {
+		return err
+	}
+	w.key, w.mode, w.size, w.promised, w.n = k, m, size, promised, 0
+	c := classNew
+	switch {
+	case size < 0 || size > s.maxValue:
+		err = ErrTooLarge
+	case s.o.Eviction == EvictSecondTouch && !ok && !s.ghost.seen(s.index, k):
+		w.s = s // take the value and forget it
+	default:
+		if s.o.Eviction == EvictS3FIFO && !ok && s.ghost.take(s.index, k) {
+			c = s.p.devs[0].hot()
 		}
-		s.mu.Unlock()
-		if err == nil {
-			err = s.makeRoom(n)
+		w.n = s.index.partsOf(size)
+		err = s.reserve(w, c)
+	}
+	if err != nil {
+		if promised {
+			s.promised.Add(-1)
 		}
-		if err != nil {
+		w.n = 0
+		return err
+	}
+	w.s = s
+	w.sums = slices.Grow(w.sums[:0], int(pieces(size)))
+	return nil
+}
+
+// admit checks m and the limit of keys for a key that exists or not. promised tells
+// that a new key was counted.
+func (s *Store) admit(exists bool, m Mode) (promised bool, err error) {
+	switch {
+	case exists && m == StoreIfAbsent:
+		return false, ErrExists
+	case exists:
+		return false, nil
+	case m == StoreIfExists:
+		return false, ErrNotFound
+	case s.o.MaxKeys == 0:
+		return false, nil
+	}
+	if s.index.keys.Load()+s.promised.Add(1) > int64(s.o.MaxKeys) {
+		s.promised.Add(-1)
+		return false, ErrNoSpace
+	}
+	return true, nil
+}
+
+// waitForSpace is how long a Store waits for Readers and writes in progress that
+// stand in the way of making room. Only tests change it.
+var waitForSpace = 50 * time.Millisecond
+
+// maxWait is how long it waits for room that is being made.
+const maxWait = 10 * time.Second
+
+// reserve takes the space for w's parts.
+func (s *Store) reserve(w *Writer, c class) error {
+	p := s.p
+	n := int64(0)
+	for i := range w.n {
+		n += w.span(s, i)
+	}
+	if n > s.limit() {
+		return ErrNoSpace
+	}
+	a := ask{s: s}
+	for taken := 0; ; {
+		p.mu.Lock()
+		var d *device
+		need := n
+		switch over := s.used.Load()+n > s.limit(); {
+		case over && s.o.Eviction == EvictNever:
+			s.giveAll(w, taken)
+			a.end()
+			p.mu.Unlock()
+			return ErrNoSpace
+		case !over:
+			if taken, d, need = s.takeAll(w, c, taken); d == nil && need == 0 {
+				s.used.Add(n)
+				a.end()
+				p.mu.Unlock()
+				return nil
+			}
+		}
+		var err error
+		if d == nil {
+			s.giveAll(w, taken)
+			taken = 0
+			err = a.wait(need) // unlocks
+		} else {
+			p.mu.Unlock()
+			err = s.advance(d, c, need)
+		}
+		if err != nil && err != errFull {
+			p.mu.Lock()
+			s.giveAll(w, taken)
+			a.end()
+			p.mu.Unlock()
 			return err
 		}
 	}
 }
 
-// admit checks m and the limit of keys for k; absent tells that k would be a new key. Under mu.
-func (s *Store) admit(k Key, m Mode) (absent bool, err error) {
-	switch _, ok := s.index.Get(entry{key: k}); {
-	case ok && m == StoreIfAbsent:
-		return false, ErrExists
-	case ok:
-		return false, nil
-	case m == StoreIfExists:
-		return true, ErrNotFound
-	case s.maxKeys > 0 && s.index.Len()+s.promised >= s.maxKeys:
-		return true, ErrNoSpace
+// takeAll takes space for w's parts from number taken on, each on the device that
+// has least to do and most room. If it cannot take all it returns the device that needs
+// a new segment for need bytes; or none if all devices need room, and then gives back what
+// it took. Under Pool.mu.
+func (s *Store) takeAll(w *Writer, c class, taken int) (n int, d *device, need int64) {
+	for ; taken < w.n; taken++ {
+		need = w.span(s, taken)
+		var best *device
+		var fits bool
+		for _, d := range s.p.devs {
+			g := d.open[s.tenant][c]
+			has := g != nil && g.fits(need)
+			if !d.lost.Load() && (has || len(d.free) > d.reserve()) && (best == nil || d.less(best)) {
+				best, fits = d, has
+			}
+		}
+		if best != nil && !fits {
+			return taken, best, need
+		}
+		if best == nil {
+			s.giveAll(w, taken)
+			return 0, nil, need
+		}
+		w.parts[taken], _ = best.take(s, c, need)
 	}
-	return true, nil
+	return taken, nil, 0
 }
 
-// data is where byte off of the value lies on the device.
-func (w *Writer) data(off int64) int64 { return w.off + headerLen(w.size) + off }
+// giveAll gives back the space of w's first parts. Under Pool.mu.
+func (s *Store) giveAll(w *Writer, taken int) {
+	for i := taken - 1; i >= 0; i-- {
+		w.parts[i].giveBack(w.span(s, i), w.written)
+	}
+}
+
+// less tells that d is the better place for a write than o: by the work in
+// progress, in units of an extent, then by the free space. Under Pool.mu.
+func (d *device) less(o *device) bool {
+	if a, b := d.load.Load()/maxExtent, o.load.Load()/maxExtent; a != b {
+		return a < b
+	}
+	return len(d.free)*len(o.segs) > len(o.free)*len(d.segs)
+}
+
+func (s *Store) advance(d *device, c class, n int64) error {
+	sl, err := s.p.slot()
+	if err != nil {
+		return err
+	}
+	defer s.p.putSlot(sl)
+	return d.advance(sl, s, c, n, false)
+}
+
+// ask is a Store's wait for room.
+type ask struct {
+	s        *Store
+	ticket   uint64    // of Pool.asks; 0: not yet asked
+	start    time.Time // since when it waits
+	hopeless time.Time // since when only Readers and writes in progress stand in the way
+}
+
+// wait has the keepers look for room for n bytes, and waits until something has
+// changed. Under Pool.mu, which it unlocks.
+func (a *ask) wait(n int64) error {
+	p := a.s.p
+	now := time.Now()
+	stuck, busy := a.ticket > 0, false
+	for _, d := range p.devs {
+		if !d.lost.Load() {
+			stuck = stuck && d.stuck >= a.ticket
+			busy = busy || d.busy
+		}
+	}
+	if a.ticket == 0 {
+		a.start = now
+		a.s.waiting++
+		p.waiting++
+	}
+	if !stuck {
+		a.hopeless = time.Time{}
+	} else if a.hopeless.IsZero() {
+		a.hopeless = now
+	}
+	if p.closed.Load() || stuck && (!busy || now.Sub(a.hopeless) > waitForSpace) || now.Sub(a.start) > maxWait {
+		p.mu.Unlock()
+		return ErrNoSpace
+	}
+	if a.ticket == 0 || stuck {
+		p.asks++
+		a.ticket = p.asks
+		for _, d := range p.devs {
+			d.want = max(d.want, n)
+			d.wake()
+		}
+	}
+	changed := p.changed
+	p.mu.Unlock()
+	if stuck {
+		time.Sleep(time.Millisecond)
+		return nil
+	}
+	t := time.NewTimer(time.Second)
+	defer t.Stop()
+	select {
+	case <-changed:
+	case <-t.C:
+	}
+	return nil
+}
+
+// end ends the wait, if there was one. Under Pool.mu.
+func (a *ask) end() {
+	if a.ticket == 0 {
+		return
+	}
+	p := a.s.p
+	a.s.waiting--
+	if p.waiting--; p.waiting == 0 {
+		for _, d := range p.devs {
+			d.want = 0
+		}
+	}
+	a.ticket = 0
+}
+
+// span is what part i takes on its device.
+func (w *Writer) span(s *Store, i int) int64 { return span(partSize(w.size, i, s.p.super.extent)) }
+
+// at returns where byte off of the value lies.
+func (w *Writer) at(off int64) (*device, int64) {
+	e := w.s.p.super.extent
+	pl := w.parts[off/e]
+	return pl.seg.dev, pl.off + block + off%e
+}
+
+// view returns bytes from to to of the value, in one part of it, on a memory device.
+func (w *Writer) view(from, to int64) []byte {
+	d, off := w.at(from)
+	return d.View(off, to-from)
+}
+
+// inPlace tells that the value is written straight into a memory device.
+func (w *Writer) inPlace() bool { return w.s.p.mem && w.n > 0 }
 
 // Buffer returns memory for the next bytes of the value, at least one and at
 // most max: the device's own memory, or part of an arena buffer, for which it
@@ -125,12 +328,14 @@ func (w *Writer) Buffer(max int) []byte {
 		return nil
 	}
 	n := min(int64(max), w.size-w.done)
-	if w.s.mem {
-		return w.s.dev.View(w.data(w.done), n)
+	if w.inPlace() {
+		e := w.s.p.super.extent
+		return w.view(w.done, w.done+min(n, e-w.done%e))
 	}
 	if w.cur.Data == nil {
 		w.base = w.done
-		w.cur = w.s.arena.Get(int(min(uring.LargeBuf, roundUp(w.size-w.done))))
+		e := w.s.p.super.extent
+		w.cur = w.s.p.arena.Get(int(min(uring.LargeBuf, roundUp(w.size-w.done), e-w.done%e)))
 	}
 	b := w.cur.Data[w.done-w.base:]
 	return b[:min(n, int64(len(b)))]
@@ -142,40 +347,57 @@ func (w *Writer) Filled(n int) {
 	if w.s == nil || n <= 0 {
 		return
 	}
-	var piece []byte // the part of the value in memory, up to done
-	if w.s.mem {
+	if w.inPlace() {
 		w.done = min(w.done+int64(n), w.size)
-		w.base = int64(len(w.sums)) * pieceSize
-		piece = w.s.dev.View(w.data(w.base), w.done-w.base)
 	} else if w.cur.Data == nil {
 		return
 	} else {
 		w.done = min(w.done+int64(n), w.size, w.base+int64(len(w.cur.Data)))
-		piece = w.cur.Data[:w.done-w.base]
 	}
-	for {
+	for w.n > 0 {
 		from := int64(len(w.sums)) * pieceSize
 		to := min(from+pieceSize, w.size)
 		if from >= w.size || to > w.done {
 			break
 		}
-		w.sums = append(w.sums, xxh3.Hash(piece[from-w.base:to-w.base]))
+		var piece []byte
+		if w.inPlace() {
+			piece = w.view(from, to)
+		} else {
+			piece = w.cur.Data[from-w.base : to-w.base]
+		}
+		w.sums = append(w.sums, xxh3.Hash(piece))
 	}
-	if !w.s.mem && (len(piece) == len(w.cur.Data) || w.done == w.size) {
-		clear(w.cur.Data[len(piece):])
+	if !w.inPlace() && (w.done-w.base == int64(len(w.cur.Data)) || w.done == w.size) {
+		clear(w.cur.Data[w.done-w.base:])
 		w.flush()
 	}
 }
 
 // flush starts to write the current buffer.
 func (w *Writer) flush() {
+	b := w.cur
+	w.cur = uring.Buf{}
+	if w.n == 0 {
+		b.Put()
+		return
+	}
 	t := &w.slots[w.next]
 	w.next = (w.next + 1) % window
 	w.wait(t)
-	t.op.Kind, t.op.Off, t.op.Data = uring.OpWrite, w.data(w.base), w.cur.Data
-	t.buf, t.busy = w.cur, true
-	w.cur = uring.Buf{}
-	t.op.Start(w.s.dev)
+	t.dev, t.op.Off = w.at(w.base)
+	t.op.Kind, t.op.Data = uring.OpWrite, b.Data
+	t.op.Placement = t.dev.placement(w.s, w.parts[w.base/w.s.p.super.extent].seg.class)
+	t.buf = b
+	t.start()
+}
+
+// placement is the handle for a class of a store's values: 0, the device's own, without any.
+func (d *device) placement(s *Store, c class) uint16 {
+	if d.places == 0 {
+		return 0
+	}
+	return uint16(1 + (s.tenant*classes+int(c))%d.places)
 }
 
 func (w *Writer) wait(t *transferSlot) {
@@ -206,78 +428,111 @@ func (w *Writer) Commit() error {
 		return errIdle
 	}
 	err := w.drain()
-	if err != nil {
+	switch {
+	case err != nil:
 		err = fmt.Errorf("kvlayer: store %v: %w", w.key, err)
-	} else if w.done != w.size {
+	case w.done != w.size:
 		err = errShort
-	} else {
-		err = w.s.commit(w)
+	case w.n == 0:
+		w.s.c.skipped.Add(1)
+	default:
+		if err = w.s.commit(w); err == nil {
+			w.s.c.stores.Add(1)
+			w.reset()
+			return nil
+		}
 	}
-	if err != nil {
-		w.Abort()
-		return err
-	}
-	w.s.c.stores.Add(1)
-	w.reset()
-	return nil
+	w.Abort()
+	return err
 }
 
 func (s *Store) commit(w *Writer) error {
-	sl, err := s.slot()
+	sl, err := s.p.slot()
 	if err != nil {
 		return err
 	}
-	defer s.putSlot(sl)
-	s.moving.RLock()
-	defer s.moving.RUnlock()
+	defer s.p.putSlot(sl)
 	lock := s.stripe(w.key)
 	lock.Lock()
 	defer lock.Unlock()
 
-	s.mu.Lock()
-	old, replace := s.index.Get(entry{key: w.key})
+	_, exists := s.lookup(w.key, 0)
 	switch {
-	case replace && w.mode == StoreIfAbsent:
-		err = ErrExists
-	case !replace && w.mode == StoreIfExists:
-		err = ErrNotFound
-	case !replace && !w.promised: // deleted since Create
-		if _, err = s.admit(w.key, w.mode); err == nil {
-			w.promised = true
-			s.promised++
+	case exists && w.mode == StoreIfAbsent:
+		return ErrExists
+	case !exists && !w.promised: // deleted since Create
+		if w.promised, err = s.admit(exists, w.mode); err != nil {
+			return err
 		}
-	}
-	s.mu.Unlock()
-	if err != nil {
-		return err
+	case !exists && w.mode == StoreIfExists:
+		return ErrNotFound
 	}
 
-	e := entry{off: w.off, seq: s.seq.Add(1), size: uint32(w.size), key: w.key}
-	n := headerLen(w.size)
-	r := record{kind: recordLive, key: w.key, off: w.off, gen: w.gen, seq: e.seq, size: w.size}
+	seq := s.p.nextSeq()
 	w.written = true
-	putRecord(s.header(sl, w.off, n), s.super.seed, r, w.sums)
-	if err = s.writeHeader(sl, w.off, n); err == nil && replace {
-		err = s.kill(sl, old, s.segmentOf(old.off).gen)
+	var es [maxParts]entry
+	var old *segment // locked
+	per := int(s.p.super.extent / pieceSize)
+	for i := w.n - 1; i >= 0 && err == nil; i-- { // the value counts from part 0's header on
+		pl := w.parts[i]
+		es[i] = makeEntry(w.key, i, seq, w.size, pl.block())
+		err = pl.seg.writeRecord(sl, w.record(i, seq), w.sums[i*per:min((i+1)*per, len(w.sums))])
+	}
+	for i := range w.n { // until the write is done nobody seals the segment
+		g := w.parts[i].seg
+		g.meta.Lock()
+		g.log = append(g.log, w.record(i, seq))
+		g.meta.Unlock()
+	}
+	if err == nil {
+		old, err = s.kill(sl, w.key)
+	}
+	defer func() {
+		if old != nil {
+			old.meta.Unlock()
+		}
+	}()
+	for i := 0; i < w.n && err == nil && s.o.Flushed; i++ {
+		if d := w.parts[i].seg.dev; i == 0 || d != w.parts[i-1].seg.dev {
+			err = d.sync()
+		}
 	}
 	if err != nil {
 		// Whatever reached the device, the new value must not come back after
 		// a crash. The old one's header may be damaged: then it is lost by that.
-		_ = s.kill(sl, e, w.gen)
+		pl := w.parts[0]
+		r := w.record(0, seq)
+		r.kind = recordDead
+		_ = pl.seg.writeRecord(sl, r, nil)
+		if old != nil {
+			old.meta.Unlock()
+			old = nil
+		}
+		for i := range w.n {
+			g := w.parts[i].seg
+			g.meta.Lock()
+			g.log = slices.DeleteFunc(g.log, func(r record) bool { return r.seq == seq && r.part == i })
+			g.meta.Unlock()
+		}
 		return fmt.Errorf("kvlayer: store %v: %w", w.key, err)
 	}
-
-	s.mu.Lock()
-	s.index.Set(e)
-	w.seg.writers--
-	if replace {
-		s.drop(s.segmentOf(old.off), old.span())
+	s.forget(w.key, es[:w.n], reasonReplace)
+	s.p.mu.Lock()
+	for i := range w.n {
+		n := w.span(s, i)
+		w.parts[i].seg.done(n)
+		s.c.written.Add(uint64(n))
 	}
+	s.p.mu.Unlock()
 	if w.promised {
-		s.promised--
+		s.promised.Add(-1)
 	}
-	s.mu.Unlock()
 	return nil
+}
+
+// record is part i's.
+func (w *Writer) record(i int, seq uint64) record {
+	return record{kind: recordLive, part: i, key: w.key, off: w.parts[i].off, gen: w.parts[i].gen, seq: seq, size: w.size}
 }
 
 // Abort gives the space back. It is safe at any time, and does nothing on an
@@ -289,19 +544,20 @@ func (w *Writer) Abort() {
 	}
 	_ = w.drain()
 	w.cur.Put()
-	n := span(w.size)
-	s.mu.Lock()
-	s.used -= n
-	s.giveBack(w.seg, w.off, n, w.written)
-	if w.promised {
-		s.promised--
+	s.p.mu.Lock()
+	s.giveAll(w, w.n)
+	s.p.mu.Unlock()
+	for i := range w.n {
+		s.used.Add(-w.span(s, i))
 	}
-	s.mu.Unlock()
+	if w.promised {
+		s.promised.Add(-1)
+	}
 	w.reset()
 }
 
 func (w *Writer) reset() {
-	w.s, w.seg, w.err = nil, nil, nil
+	w.s, w.err = nil, nil
 	w.cur = uring.Buf{}
-	w.done, w.base, w.written = 0, 0, false
+	w.done, w.base, w.n, w.promised, w.written = 0, 0, 0, false, false
 }
