@@ -158,10 +158,11 @@ func (n *namespace) forwards(oncs uint16) bool { return n.drive != nil && n.driv
 
 // statusOf is where the errors of store and device become NVMe statuses.
 func statusOf(err error) nvmeof.Status {
-	var drives nvmeof.Status
-	switch {
-	case err == nil:
+	if err == nil {
 		return nvmeof.Success
+	}
+	var drives nvmeof.Status // errors.As puts it on the heap
+	switch {
 	case errors.Is(err, kvlayer.ErrNotFound):
 		return nvmeof.KeyDoesNotExist | nvmeof.DNR
 	case errors.Is(err, kvlayer.ErrExists):
