@@ -87,7 +87,7 @@ func BenchmarkRetrieve(b *testing.B) {
 
 func BenchmarkExist(b *testing.B) {
 	benchDevices(b, func(b *testing.B, s *Store) {
-		if !s.mem {
+		if !s.p.mem {
 			b.Skip("no I/O")
 		}
 		for i := range 10000 {

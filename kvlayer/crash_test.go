@@ -5,11 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"reflect"
 	"strings"
-	"sync"
 	"testing"
-	"time"
 
+	"github.com/google/uuid"
 	"github.com/kvof/kvof/uring"
 )
 
@@ -42,7 +42,7 @@ func crash(t *testing.T, a *uring.Arena, seed uint64) (cleaned uint64) {
 	}
 	var model [keys]state // id 0: absent
 	id := uint64(0)
-	s := open(t, d, a, Options{})
+	s := open(t, d, a, never)
 	for range 6 {
 		var doubt [keys][]state // what an operation under way at the crash may have left
 		d.crash = d.ops + 1 + rnd.IntN(200)
@@ -101,14 +101,14 @@ func crash(t *testing.T, a *uring.Arena, seed uint64) (cleaned uint64) {
 		s.Close()
 		for rnd.IntN(2) == 0 { // crash while recovering, too
 			d.crash, d.torn = d.ops+1+rnd.IntN(60), rnd.Float64()
-			if s, err := Open(d, a, Options{}); err == nil {
+			if s, err := Open(d, a, never); err == nil {
 				s.Close()
 			} else if !d.crashed() {
 				t.Fatal(err)
 			}
 		}
 		d.crash = 0
-		s = open(t, d, a, Options{})
+		s = open(t, d, a, never)
 		for k := range keys {
 			got, err := get(s, key(k), MaxValue)
 			if err != nil && !errors.Is(err, ErrNotFound) {
@@ -123,9 +123,6 @@ func crash(t *testing.T, a *uring.Arena, seed uint64) (cleaned uint64) {
 			if !found {
 				t.Fatalf("key %d: %d bytes, %v; want %v, or one of %v", k, len(got), err, model[k], doubt[k])
 			}
-		}
-		if _, n := s.freeSegment(); n == 0 {
-			t.Fatalf("no segment is free after recovery: %+v", s.Stats())
 		}
 	}
 	s.Close()
@@ -156,7 +153,7 @@ func powerCut(t *testing.T, a *uring.Arena, seed uint64) {
 	var stored [keys][]uint64 // since it, and what it covered
 	id := uint64(0)
 	for range 8 {
-		s := open(t, d, a, Options{})
+		s := open(t, d, a, never)
 		for k := range keys {
 			got, err := get(s, key(k), MaxValue)
 			switch {
@@ -224,22 +221,28 @@ func powerCut(t *testing.T, a *uring.Arena, seed uint64) {
 	}
 }
 
+// position returns where k's record lies.
+func position(s *Store, k Key) (*segment, int64) {
+	e, _ := s.lookup(k, 0)
+	return s.p.segmentOf(e.block())
+}
+
 // TestLostKills brings back headers whose death a power cut lost: the newest
-// value wins, and of a value that cleaning moved, the copy.
+// value wins.
 func TestLostKills(t *testing.T) {
 	d, a := newDisk(2*mib), newArena(t)
-	s := open(t, d, a, Options{})
+	s := open(t, d, a, never)
 	defer func() { s.Close() }()
 	reopen := func() {
 		s.Close()
-		s = open(t, d, a, Options{})
+		s = open(t, d, a, never)
 	}
 	var off [3]int64
 	var live [3][]byte
 	for i := range off {
 		mustPut(t, s, key(1), value(uint64(i), 1000))
-		e, _ := s.lookup(key(1))
-		off[i], live[i] = e.off, bytes.Clone(d.mem[e.off:e.off+block])
+		_, off[i] = position(s, key(1))
+		live[i] = bytes.Clone(d.mem[off[i] : off[i]+block])
 		reopen() // the sequence goes on
 		for j := range i {
 			copy(d.mem[off[j]:], live[j])
@@ -254,29 +257,44 @@ func TestLostKills(t *testing.T) {
 	if _, ok := s.Exist(key(1)); ok {
 		t.Fatal("recovery left an older value to come back")
 	}
+}
 
+// TestInterruptedReclaim stops after the copies were made, before their source was
+// free: the copies that are whole count, and what was deleted stays deleted.
+func TestInterruptedReclaim(t *testing.T) {
+	d, a := newDisk(2*mib), newArena(t)
+	s := open(t, d, a, never)
 	n := 0
-	for ; put(s, key(10+n), value(uint64(n), 20_000), StoreAlways) == nil; n++ {
+	for ; put(s, key(n), value(uint64(n), 20_000), StoreAlways) == nil; n++ {
 	}
-	if _, err := s.Delete(key(10)); err != nil {
+	source, _ := position(s, key(1))
+	if _, err := s.Delete(key(0)); err != nil {
 		t.Fatal(err)
 	}
-	source := bytes.Clone(d.mem[s.segs[0].off : s.segs[0].off+block])
-	mustPut(t, s, key(10), value(0, 20_000)) // cleans segment 0
-	copied, _ := s.lookup(key(11))
-	if s.segmentOf(copied.off) == &s.segs[0] {
-		t.Fatal("segment 0 was not cleaned")
+	header := bytes.Clone(d.mem[source.off : source.off+block])
+	mustPut(t, s, key(0), value(0, 20_000)) // cleans the segment
+	_, moved := position(s, key(1))
+	_, torn := position(s, key(2))
+	if source.state == segmentSealed {
+		t.Fatal("the segment was not cleaned")
 	}
-	copy(d.mem[s.segs[0].off:], source)
-	reopen()
-	if e, _ := s.lookup(key(11)); e.off != copied.off {
-		t.Fatal("the original counts, not the copy")
-	}
-	if _, free := s.freeSegment(); free != 1 {
-		t.Fatalf("%d segments are free", free)
-	}
-	for i := range n {
-		mustGet(t, s, key(10+i), value(uint64(i), 20_000))
+	mem := bytes.Clone(d.mem)
+	s.Close()
+	d.mem = mem
+	copy(d.mem[source.off:], header)
+	d.mem[torn+block+5]++
+	for range 2 {
+		s = open(t, d, a, never)
+		if _, off := position(s, key(1)); off != moved {
+			t.Fatal("the original counts, not the copy")
+		}
+		if _, off := position(s, key(2)); off == torn {
+			t.Fatal("a copy that is not whole counts")
+		}
+		for i := range n {
+			mustGet(t, s, key(i), value(uint64(i), 20_000))
+		}
+		s.Close()
 	}
 }
 
@@ -285,18 +303,19 @@ func TestLostKills(t *testing.T) {
 func TestForged(t *testing.T) {
 	for _, knows := range []bool{false, true} {
 		d, a := newDisk(2*mib), newArena(t)
-		s := open(t, d, a, Options{})
+		s := open(t, d, a, never)
 		var w, after Writer
 		if err := s.Create(&w, key(1), 100<<10, StoreAlways); err != nil {
 			t.Fatal(err)
 		}
 		v := make([]byte, 100<<10)
+		_, at := w.at(0)
 		for off := 0; off < len(v); off += block {
-			seed := s.super.seed
+			seed := s.p.super.seed
 			if !knows {
 				seed = uint64(off) // 0 is one of them
 			}
-			r := record{kind: recordLive, key: key(2), off: w.data(int64(off)), gen: w.gen, seq: 1 << 40}
+			r := record{kind: recordLive, key: key(2), off: at + int64(off), gen: w.parts[0].gen, seq: 1 << 45}
 			putRecord(v[off:off+block], seed, r, nil)
 		}
 		send(&w, v)
@@ -314,7 +333,7 @@ func TestForged(t *testing.T) {
 		w.Abort()
 		s.Close()
 		d.mem = mem
-		s = open(t, d, a, Options{})
+		s = open(t, d, a, never)
 		// With the seed the forgery succeeds, which shows that the test is one.
 		if _, ok := s.Exist(key(2)); ok != knows {
 			t.Errorf("seed known: %v; forged value found: %v", knows, ok)
@@ -325,7 +344,7 @@ func TestForged(t *testing.T) {
 }
 
 func TestBitFlips(t *testing.T) {
-	devices(t, 8*mib, func(t *testing.T, dev uring.Device, a *uring.Arena) {
+	devices(t, 64*mib, func(t *testing.T, dev uring.Device, a *uring.Arena) {
 		flip := func(off int64) {
 			var op uring.Op
 			buf := a.Get(block)
@@ -340,13 +359,13 @@ func TestBitFlips(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		s := open(t, dev, a, Options{})
+		s := open(t, dev, a, never)
 		v := value(1, 3*pieceSize+100)
 		for i := range 3 {
 			mustPut(t, s, key(i), v)
 		}
-		e, _ := s.lookup(key(1))
-		data := e.off + headerLen(int64(e.size))
+		_, head := position(s, key(1))
+		data := head + block
 		flip(data + 2*pieceSize + 5)
 		if _, err := get(s, key(1), MaxValue); !errors.Is(err, ErrCorrupt) {
 			t.Fatalf("a flipped bit of data: %v", err)
@@ -362,93 +381,45 @@ func TestBitFlips(t *testing.T) {
 		}
 		flip(data + 2*pieceSize + 5)
 		mustGet(t, s, key(1), v)
-		for _, at := range []int64{0, 9, 16, 17, 20, 24, 40, 48, 56, 64, recordLen, recordLen + 31} {
-			flip(e.off + at)
+		for _, at := range []int64{0, 9, 16, 17, 18, 20, 24, 40, 48, 56, 64, 72, recordLen, recordLen + 31} {
+			flip(head + at)
 			if _, err := get(s, key(1), MaxValue); !errors.Is(err, ErrCorrupt) {
 				t.Fatalf("a flipped bit of byte %d of the header: %v", at, err)
 			}
 			s.Close()
-			s = open(t, dev, a, Options{})
-			if _, ok := s.Exist(key(1)); ok {
-				t.Fatalf("recovered through a header whose byte %d is damaged", at)
+			s = open(t, dev, a, never)
+			if _, err := get(s, key(1), MaxValue); !errors.Is(err, ErrCorrupt) && !errors.Is(err, ErrNotFound) {
+				t.Fatalf("a header whose byte %d is damaged: %v", at, err)
 			}
 			mustGet(t, s, key(0), v)
 			mustGet(t, s, key(2), v) // behind it
-			flip(e.off + at)
+			flip(head + at)
 			s.Close()
-			s = open(t, dev, a, Options{})
+			s = open(t, dev, a, never)
 			mustGet(t, s, key(1), v)
 		}
 		s.Close()
 	})
 }
 
-// TestCleaningUndisturbed lets others ask for space in the middle of a
-// cleaning: they wait, and the segment that is kept free is not theirs.
-func TestCleaningUndisturbed(t *testing.T) {
-	d := newDisk(2 * mib)
-	s := open(t, d, newArena(t), Options{})
-	defer s.Close()
-	n := 0
-	for ; put(s, key(n), value(1, 20_000), StoreAlways) == nil; n++ {
-	}
-	segments := len(s.segs) - 1
-	for i := range segments { // room for one in each
-		if _, err := s.Delete(key(i * n / segments)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	var w [16]Writer
-	var wg sync.WaitGroup
-	var once sync.Once
-	d.fail = func(o *uring.Op) error {
-		s.mu.RLock()
-		cleaning := s.cleaning
-		s.mu.RUnlock()
-		if cleaning && o.Kind == uring.OpWrite && len(o.Data) > block { // a value moves
-			once.Do(func() {
-				for i := range w {
-					wg.Go(func() { _ = s.Create(&w[i], key(100+i), 20_000, StoreAlways) })
-				}
-				time.Sleep(50 * time.Millisecond)
-			})
-		}
-		return nil
-	}
-	created := 0
-	if put(s, key(0), value(1, 20_000), StoreAlways) == nil {
-		created++
-	}
-	wg.Wait()
-	for i := range w {
-		if w[i].s != nil {
-			created++
-		}
-		w[i].Abort()
-	}
-	if _, free := s.freeSegment(); free != 1 || created != segments {
-		t.Fatalf("%d segments are free, %d values of %d created", free, created, segments)
-	}
-}
-
 // TestCleanDamaged cleans a segment in which a header is gone: that value is
 // lost, and neither blocks the cleaning nor comes back.
 func TestCleanDamaged(t *testing.T) {
 	d, a := newDisk(2*mib), newArena(t)
-	s := open(t, d, a, Options{})
+	s := open(t, d, a, never)
 	n := 0
 	for put(s, key(n), value(uint64(n), 20_000), StoreAlways) == nil {
 		n++
 	}
-	e, _ := s.lookup(key(1))
-	clear(d.mem[e.off : e.off+block])
+	_, off := position(s, key(1))
+	clear(d.mem[off : off+block])
 	for i := range 5 { // all in the first segment, as 1 is
 		if _, err := s.Delete(key(2 + i)); err != nil {
 			t.Fatal(err)
 		}
 		mustPut(t, s, key(1000+i), value(1, 20_000))
 	}
-	if st := s.Stats(); st.Cleaned == 0 || st.Corrupt == 0 {
+	if st := s.Stats(); st.Reclaimed == 0 || st.Corrupt == 0 || st.Evictions[2] != 1 {
 		t.Fatalf("%+v", st)
 	}
 	if _, err := get(s, key(1), 1); !errors.Is(err, ErrNotFound) {
@@ -456,7 +427,7 @@ func TestCleanDamaged(t *testing.T) {
 	}
 	before := s.Stats()
 	s.Close()
-	s = open(t, d, a, Options{})
+	s = open(t, d, a, never)
 	defer s.Close()
 	if after := s.Stats(); before.Keys != after.Keys || before.Used != after.Used {
 		t.Fatalf("before %+v, after %+v", before, after)
@@ -465,7 +436,7 @@ func TestCleanDamaged(t *testing.T) {
 
 func TestDeviceErrors(t *testing.T) {
 	d, a := newDisk(16*mib), newArena(t)
-	s := open(t, d, a, Options{})
+	s := open(t, d, a, never)
 	old := value(1, 300_000)
 	mustPut(t, s, key(1), old)
 	fail := func(kind uring.OpKind, skip int) {
@@ -480,11 +451,11 @@ func TestDeviceErrors(t *testing.T) {
 	}
 	for skip := range 3 { // data, data, header
 		fail(uring.OpWrite, skip)
-		before := s.open.tail
+		before := s.p.devs[0].open[0][0].tail
 		if err := put(s, key(1), value(2, 300_000), StoreAlways); !errors.Is(err, uring.ErrMedia) {
 			t.Fatal(err)
 		}
-		if header := skip == 2; (s.open.tail > before) != header {
+		if header := skip == 2; (s.p.devs[0].open[0][0].tail > before) != header {
 			t.Fatal("space in which a header may lie was given back, or other space was not")
 		}
 		d.fail = nil
@@ -502,20 +473,18 @@ func TestDeviceErrors(t *testing.T) {
 	}
 	d.fail = nil
 	mustGet(t, s, key(1), old)
-	for skip := range 2 { // the seal of a full segment, the header of the next
-		for s.room() >= span(200<<10) {
-			mustPut(t, s, key(1), value(3, 200<<10))
-		}
-		fail(uring.OpWrite, skip)
-		if err := put(s, key(2), value(3, 200<<10), StoreAlways); !errors.Is(err, uring.ErrMedia) {
-			t.Fatal(err)
-		}
-		d.fail = nil
-		mustPut(t, s, key(1), old)
+	for s.p.devs[0].open[0][0].fits(span(200 << 10)) {
+		mustPut(t, s, key(1), value(3, 200<<10))
 	}
+	fail(uring.OpWrite, 0) // the header of the next segment
+	if err := put(s, key(2), value(3, 200<<10), StoreAlways); !errors.Is(err, uring.ErrMedia) {
+		t.Fatal(err)
+	}
+	d.fail = nil
+	mustPut(t, s, key(1), old)
 	used := s.Stats().Used
 	s.Close()
-	s = open(t, d, a, Options{})
+	s = open(t, d, a, never)
 	defer s.Close()
 	mustGet(t, s, key(1), old)
 	if st := s.Stats(); st.Used != used || st.Keys != 1 {
@@ -527,7 +496,7 @@ func TestForeign(t *testing.T) {
 	a := newArena(t)
 	store := func() *disk {
 		d := newDisk(4 * mib)
-		s := open(t, d, a, Options{})
+		s := open(t, d, a, never)
 		mustPut(t, s, key(1), []byte("v"))
 		s.Close()
 		return d
@@ -537,7 +506,7 @@ func TestForeign(t *testing.T) {
 		line   string
 	}{
 		"other data":    {func(d *disk) { clear(d.mem[:superArea]); d.mem[70_000] = 1 }, "other data"},
-		"other version": {func(d *disk) { d.mem[16]++; d.mem[superSecond+16]++ }, "version 2"},
+		"other version": {func(d *disk) { d.mem[16]++; d.mem[superSecond+16]++ }, "version 3"},
 		"both damaged":  {func(d *disk) { d.mem[50]++; d.mem[superSecond+50]++ }, "damaged"},
 		"one erased":    {func(d *disk) { clear(d.mem[:block]); d.mem[superSecond+50]++ }, "damaged"},
 		"shrunk":        {func(d *disk) { d.mem = d.mem[:3*mib] }, "give it back"},
@@ -545,7 +514,7 @@ func TestForeign(t *testing.T) {
 		d := store()
 		c.damage(d)
 		before := bytes.Clone(d.mem)
-		if _, err := Open(d, a, Options{}); !errors.Is(err, ErrForeign) || !strings.Contains(err.Error(), c.line) || strings.Contains(err.Error(), "\n") {
+		if _, err := Open(d, a, never); !errors.Is(err, ErrForeign) || !strings.Contains(err.Error(), c.line) || strings.Contains(err.Error(), "\n") {
 			t.Errorf("%s: %v", name, err)
 		}
 		if !bytes.Equal(before, d.mem) {
@@ -560,12 +529,12 @@ func TestForeign(t *testing.T) {
 		d := store()
 		change(d)
 		for range 2 {
-			s, err := Open(d, a, Options{})
+			s, err := Open(d, a, never)
 			if err != nil {
 				t.Fatalf("%s: %v", name, err)
 			}
 			mustGet(t, s, key(1), []byte("v"))
-			if want := (d.Size() - dataStart) / s.super.segSize; s.Stats().Segments != int(want) {
+			if want := segmentsOf(d.Size(), s.p.super.segSize); s.Stats().Segments != int(want) {
 				t.Errorf("%s: %+v", name, s.Stats())
 			}
 			s.Close()
@@ -576,7 +545,7 @@ func TestForeign(t *testing.T) {
 		}
 	}
 	for _, size := range []int64{block, superArea, mib, mib + 256<<10} {
-		if _, err := Open(newDisk(size), a, Options{}); err == nil || !strings.Contains(err.Error(), "too small") {
+		if _, err := Open(newDisk(size), a, never); err == nil || !strings.Contains(err.Error(), "too small") {
 			t.Errorf("a device of %d bytes: %v", size, err)
 		}
 	}
@@ -584,12 +553,13 @@ func TestForeign(t *testing.T) {
 
 func TestGeometry(t *testing.T) {
 	for size := int64(2 * mib); size < 1<<45; size += size/7&^(block-1) + block {
-		segSize, n, err := geometry(size)
-		if err != nil || n < minSegments || segSize%block != 0 || dataStart+n*segSize > size {
-			t.Fatalf("%d bytes: %d segments of %d, %v", size, n, segSize, err)
+		segSize, extent, err := geometry(size)
+		n := segmentsOf(size, segSize)
+		if err != nil || n < minSegments || segSize%block != 0 || dataStart+n*segSize > size || extent%pieceSize != 0 || segSize < 2*block+2*span(extent) {
+			t.Fatalf("%d bytes: %d segments of %d, extents of %d, %v", size, n, segSize, extent, err)
 		}
-		if size >= 1<<30 && segSize < block+2*span(MaxValue) {
-			t.Fatalf("%d bytes: two of the largest values do not fit into %d", size, segSize)
+		if size >= 1<<30 && 16*extent != MaxValue {
+			t.Fatalf("%d bytes: extents of %d", size, extent)
 		}
 		if waste := size - dataStart - n*segSize; size >= 1<<30 && waste > size/7 {
 			t.Fatalf("%d bytes: %d wasted", size, waste)
@@ -599,24 +569,24 @@ func TestGeometry(t *testing.T) {
 
 func FuzzSuper(f *testing.F) {
 	b := make([]byte, block)
-	putSuper(b, super{gen: 3, seed: 5, segSize: 129 * mib, segments: 7})
-	f.Add(b[:superLen])
+	putSuper(b, &super{gen: 3, member: 1, seed: 5, segSize: 129 * mib, extent: maxExtent, segments: 7, epochs: []uint32{1, 2}, tenants: []uuid.UUID{{}, {1}}})
+	f.Add(b)
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if len(b) >= superLen {
+		if len(b) >= block {
 			copy(b[8:], superMagic[:])
-			sealStruct(b[:superLen], 0)
+			sealStruct(b[:block], 0)
 		}
 		s, err := parseSuper(b)
 		if err != nil {
 			return
 		}
-		if s.segments < minSegments || dataStart+s.segments*s.segSize < s.segSize {
+		if s.segments < minSegments || dataStart+s.segments*s.segSize < s.segSize || s.member >= len(s.epochs) {
 			t.Fatalf("accepted %+v", s)
 		}
 		out := make([]byte, block)
-		putSuper(out, s)
-		if back, err := parseSuper(out); err != nil || back != s {
+		putSuper(out, &s)
+		if back, err := parseSuper(out); err != nil || !reflect.DeepEqual(back, s) {
 			t.Fatalf("%+v became %+v, %v", s, back, err)
 		}
 	})
@@ -624,7 +594,7 @@ func FuzzSuper(f *testing.F) {
 
 func FuzzSegment(f *testing.F) {
 	b := make([]byte, block)
-	putSegment(b, 9, segmentHeader{index: 4, gen: 77})
+	putSegment(b, 9, segmentHeader{index: 4, gen: 77, member: 3, tenant: 2, class: classHot, epoch: 8})
 	f.Add(b[:segmentLen])
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if len(b) >= segmentLen {
@@ -643,32 +613,74 @@ func FuzzSegment(f *testing.F) {
 
 func FuzzRecord(f *testing.F) {
 	b := make([]byte, block)
-	putRecord(b, 9, record{kind: recordLive, key: key(1), off: 4096, gen: 7, seq: 8, size: 300_000}, []uint64{1, 2, 3})
+	putRecord(b, 9, record{kind: recordLive, key: key(1), off: 4096, gen: 7, seq: 8, from: 9, size: 300_000}, []uint64{1, 2, 3})
 	f.Add(bytes.Clone(b[:recordLen+24]))
+	putRecord(b, 9, record{kind: recordLive, key: key(1), part: 15, size: MaxValue}, make([]uint64, 32))
+	f.Add(bytes.Clone(b))
 	putRecord(b, 9, record{kind: recordDead, key: key(1), size: MaxValue}, nil)
-	f.Add(bytes.Clone(b[:recordLen]))
-	putRecord(b, 9, record{kind: recordSeal}, nil)
 	f.Add(bytes.Clone(b[:recordLen]))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if len(b) >= recordLen {
 			copy(b[8:], recordMagic[:])
 			sealStruct(b[:recordLen], 9)
 		}
-		r, ok := parseRecord(b, 9)
+		r, ok := parseRecord(b, 9, maxExtent)
 		if !ok {
 			return
 		}
-		if r.size < 0 || r.kind != recordSeal && (r.size > MaxValue || r.key.n == 0 || r.key.n > MaxKey) {
+		if r.size < 0 || r.size > MaxValue || r.key.n == 0 || r.key.n > MaxKey || r.part >= maxParts {
 			t.Fatalf("accepted %+v", r)
 		}
 		var sums []uint64
 		if r.kind == recordLive {
-			sums = appendSums(nil, b, r)
+			sums = appendSums(nil, b, r, maxExtent)
 		}
-		out := make([]byte, maxHeader)
+		out := make([]byte, block)
 		putRecord(out, 9, r, sums)
-		if back, ok := parseRecord(out, 9); !ok || back != r {
+		if back, ok := parseRecord(out, 9, maxExtent); !ok || back != r {
 			t.Fatalf("%+v became %+v", r, back)
+		}
+	})
+}
+
+func FuzzSummary(f *testing.F) {
+	b := make([]byte, block)
+	putSummary(b, 9, 7, 0, 5*block, dataStart, []record{
+		{kind: recordLive, key: key(1), off: dataStart + block, seq: 8, size: 4000},
+		{kind: recordDead, key: key(2), off: dataStart + 3*block, seq: 9, from: 3, size: 100}})
+	f.Add(bytes.Clone(b))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if len(b) >= block {
+			copy(b[8:], summaryMagic[:])
+			le.PutUint64(b[16:], 7)
+			sealStruct(b[:block], 9)
+		}
+		const size = 40 << 20
+		h, rs, ok := parseSummary(nil, b, 9, 7, dataStart, size, maxExtent)
+		if !ok {
+			return
+		}
+		for _, r := range rs {
+			if r.off < dataStart+block || r.off+span(partSize(r.size, r.part, maxExtent)) > dataStart+h.tail || h.tail >= size {
+				t.Fatalf("accepted %+v", r)
+			}
+		}
+		for _, r := range rs {
+			if !buryIn(b, 9, 7, uint32((r.off-dataStart)/block)) {
+				t.Fatal("cannot bury what is there")
+			}
+		}
+		if _, rs, ok = parseSummary(nil, b, 9, 7, dataStart, size, maxExtent); !ok {
+			t.Fatal("damaged by burying")
+		}
+		dead := map[int64]bool{}
+		for _, r := range rs {
+			dead[r.off] = dead[r.off] || r.kind == recordDead
+		}
+		for off, d := range dead {
+			if !d {
+				t.Fatalf("the record at %d lives", off)
+			}
 		}
 	})
 }

@@ -114,6 +114,9 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
+// never is the policy of a store that loses nothing.
+var never = Options{Eviction: EvictNever, Strict: true}
+
 func newArena(t testing.TB) *uring.Arena {
 	t.Helper()
 	a, err := uring.NewArena(8 << 20)
@@ -168,6 +171,7 @@ func open(t testing.TB, dev uring.Device, a *uring.Arena, o Options) *Store {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { s.Close() })
 	return s
 }
 

@@ -1,6 +1,7 @@
 package kvlayer
 
 import (
+	"errors"
 	"fmt"
 	"io"
 
@@ -16,19 +17,19 @@ const viewSize = 1 << 20
 // must not be copied after its first use. It allocates only when a value needs
 // more checksums than any before.
 type Reader struct {
-	s    *Store // nil while idle
-	e    entry
-	seg  *segment
-	sums []uint64
+	s     *Store // nil while idle
+	es    [maxParts]entry
+	parts int // es in use
+	sums  []uint64
+	sumOf int // the part whose checksums they are; -1: none
 
-	data    int64 // of the value on the device
+	size    int64 // of the whole value
 	end     int64 // bytes of the value to return
 	last    int64 // bytes to read: end, up to the end of its piece
 	pos     int64 // bytes returned
 	started int64 // bytes whose read has started
 	slots   [window]transferSlot
 	head, n int // the slots in flight: n from head on
-	batch   [window]*uring.Op
 	err     error
 }
 
@@ -37,101 +38,193 @@ type Reader struct {
 // its header is damaged, or the device's error leave r idle; else it is in use
 // until Close, and sees the value as it is now, whatever happens to k.
 func (s *Store) Open(r *Reader, k Key, limit int64) error {
+	err := s.open(r, k, limit, s.touches())
+	s.c.looked(err == nil)
+	return err
+}
+
+func (s *Store) open(r *Reader, k Key, limit int64, touches int) error {
 	if r.s != nil {
 		return errInUse
 	}
-	sl, err := s.slot()
+	if s.closed.Load() {
+		return ErrClosed
+	}
+	for {
+		if _, ok := s.lookup(k, touches); !ok || !r.pin(s, k) {
+			return ErrNotFound
+		}
+		r.s, r.size = s, r.es[0].size()
+		r.end = min(r.size, max(0, limit))
+		r.last = min(r.size, pieces(r.end)*pieceSize)
+		r.pos, r.started, r.head, r.n, r.err, r.sumOf = 0, 0, 0, 0, nil, -1
+		if r.end == 0 {
+			return nil
+		}
+		err := r.readHeader(0)
+		if err == nil {
+			return nil
+		}
+		r.Close()
+		if err != errChanged {
+			return err
+		}
+	}
+}
+
+// pin keeps all of k's value where it is. What is pinned and then still in the
+// index is not reclaimed before it is unpinned.
+func (r *Reader) pin(s *Store, k Key) bool {
+	var again [maxParts]entry
+	for {
+		es := s.index.all(r.es[:0], k)
+		if len(es) == 0 || len(es) < s.index.partsOf(es[0].size()) {
+			return false
+		}
+		lost := false
+		for _, e := range es {
+			g, _ := s.p.segmentOf(e.block())
+			g.pins.Add(1)
+			lost = lost || g.dev.lost.Load()
+		}
+		r.parts = len(es)
+		same := s.index.all(again[:0], k)
+		ok := len(same) == len(es)
+		for i := 0; ok && i < len(es); i++ {
+			ok = es[i].same(same[i])
+		}
+		if ok && !lost {
+			return true
+		}
+		r.unpin(s)
+		if lost {
+			return false
+		}
+	}
+}
+
+func (r *Reader) unpin(s *Store) {
+	for _, e := range r.es[:r.parts] {
+		g, _ := s.p.segmentOf(e.block())
+		g.pins.Add(-1)
+	}
+	r.parts = 0
+}
+
+// at returns where byte off of the value lies.
+func (r *Reader) at(off int64) (*device, int64) {
+	e := r.s.p.super.extent
+	g, at := r.s.p.segmentOf(r.es[off/e].block())
+	return g.dev, at + block + off%e
+}
+
+// errChanged tells that a value was replaced or deleted before its header was read.
+var errChanged = errors.New("kvlayer: value has changed")
+
+// readHeader reads the checksums of one part, those of the first with the first of the data on
+// its way.
+func (r *Reader) readHeader(part int) error {
+	s, e := r.s, r.es[part]
+	sl, err := s.p.slot()
 	if err != nil {
 		return err
 	}
-	defer s.putSlot(sl)
-	lock := s.stripe(k) // no header of k changes while it is read
-	lock.RLock()
-	defer lock.RUnlock()
-
-	s.mu.RLock()
-	e, ok := s.index.Get(entry{key: k})
-	if ok {
-		r.seg = s.segmentOf(e.off)
-		r.seg.pins.Add(1)
+	ok, err := r.loadHeader(sl, part)
+	if err == nil && !ok && part == 0 {
+		// Whoever replaces or deletes the value marks its header first.
+		lock := s.stripe(e.key())
+		lock.Lock()
+		if now, there := s.index.get(e.key(), 0, 0); !there || !now.same(e) {
+			err = errChanged
+		} else if ok, err = r.loadHeader(sl, part); err == nil && !ok && r.buried(sl) {
+			err = errChanged // a crash came between its end here and in the summary
+			s.drop(e, reasonDelete)
+		}
+		lock.Unlock()
 	}
-	s.mu.RUnlock()
-	s.c.looked(ok)
-	if !ok {
-		return ErrNotFound
+	s.p.putSlot(sl)
+	if err == nil && !ok {
+		_, off := s.p.segmentOf(e.block())
+		err = r.corrupt("header", e, off)
 	}
-	size := int64(e.size)
-	r.s, r.e = s, e
-	r.data = e.off + headerLen(size)
-	r.end = min(size, max(0, limit))
-	r.last = min(size, pieces(r.end)*pieceSize)
-	r.pos, r.started, r.head, r.n, r.err = 0, 0, 0, 0, nil
-	if r.end == 0 {
-		return nil
-	}
-	if err := r.readHeader(sl); err != nil {
-		r.Close()
-		return err
-	}
-	return nil
+	return err
 }
 
-// readHeader reads the checksums, with the first of the data on its way.
-func (r *Reader) readHeader(sl *slot) error {
-	s, n := r.s, headerLen(int64(r.e.size))
-	b := s.header(sl, r.e.off, n)
-	if !s.mem {
-		sl.op.Kind, sl.op.Off, sl.op.Data = uring.OpRead, r.e.off, b
-		r.batch[0] = &sl.op
-		r.start(1, false)
-		if err := sl.op.Wait(); err != nil {
-			return fmt.Errorf("kvlayer: read %v: %w", r.e.key, err)
+// loadHeader does, and tells whether it is the header of that part.
+func (r *Reader) loadHeader(sl *slot, part int) (bool, error) {
+	p, e := r.s.p, r.es[part]
+	g, off := p.segmentOf(e.block())
+	if p.mem {
+		copy(sl.mem, g.dev.View(off, block)) // it may change meanwhile
+	} else {
+		sl.op.Kind, sl.op.Off, sl.op.Data, sl.op.Placement = uring.OpRead, off, sl.mem, 0
+		sl.op.Start(g.dev.Device)
+		if part == 0 {
+			r.start(false)
+		}
+		if err := g.dev.failed(sl.op.Wait()); err != nil {
+			return false, fmt.Errorf("kvlayer: read %v: %w", e.key(), err)
 		}
 	}
-	rec, ok := parseRecord(b, s.super.seed)
-	if !ok || !rec.is(r.e, r.seg.gen) {
-		return r.corrupt("header", r.e.off)
+	rec, ok := parseRecord(sl.mem, p.super.seed, p.super.extent)
+	if !ok || rec.off != off || !rec.is(e) || rec.gen != g.gen {
+		return false, nil
 	}
-	r.sums = appendSums(r.sums[:0], b, rec)
-	return nil
+	r.sums = appendSums(r.sums[:0], sl.mem, rec, p.super.extent)
+	r.sumOf = part
+	return true, nil
 }
 
-// is tells that r is e's record, in a segment of generation gen.
-func (r *record) is(e entry, gen uint64) bool {
-	return *r == record{kind: recordLive, key: e.key, off: e.off, gen: gen, seq: e.seq, size: int64(e.size)}
+// buried tells that sl holds the header of r's value, marked dead.
+func (r *Reader) buried(sl *slot) bool {
+	p, e := r.s.p, r.es[0]
+	_, off := p.segmentOf(e.block())
+	rec, ok := parseRecord(sl.mem, p.super.seed, p.super.extent)
+	dead := rec.kind == recordDead
+	rec.kind = recordLive
+	return ok && dead && rec.off == off && rec.is(e)
 }
 
-func (r *Reader) corrupt(what string, off int64) error {
+// is tells that r is e's record.
+func (r *record) is(e entry) bool {
+	return r.kind == recordLive && r.key == e.key() && r.part == e.part() && r.seq == e.seq() && r.size == e.size()
+}
+
+func (r *Reader) corrupt(what string, e entry, off int64) error {
+	g, _ := r.s.p.segmentOf(e.block())
+	k := e.key()
 	r.s.c.corrupt.Add(1)
-	r.s.log.Warn("a stored value is corrupt", "key", r.e.key, "what", what, "offset", off)
-	return fmt.Errorf("%w: %v: %s at byte %d of the device", ErrCorrupt, r.e.key, what, off)
+	r.s.o.Log.Warn("a stored value is corrupt", "key", k, "what", what, "member", g.dev.member, "offset", off)
+	if !r.s.o.Strict {
+		if _, err := r.s.erase(k, &r.es[0], reasonCorrupt); err != nil {
+			r.s.o.Log.Warn("cannot remove a corrupt value", "key", k, "error", err)
+		}
+	}
+	return fmt.Errorf("%w: %v: %s at byte %d of device %d", ErrCorrupt, k, what, off, g.dev.member)
 }
 
 // Size is the value's full size in bytes.
-func (r *Reader) Size() int64 { return int64(r.e.size) }
+func (r *Reader) Size() int64 { return r.size }
 
-// start starts reads as far as window and buffers allow, after the n ops that
-// are in batch already. If must is set and none is in flight, it waits for a buffer.
-func (r *Reader) start(n int, must bool) {
-	for r.n < window && r.started < r.last && n < window {
-		want := min(uring.LargeBuf, r.last-r.started)
+// start starts reads as far as window and buffers allow. If must is set and none
+// is in flight, it waits for a buffer.
+func (r *Reader) start(must bool) {
+	p := r.s.p
+	for r.n < window && r.started < r.last {
+		want := min(uring.LargeBuf, r.last-r.started, p.super.extent-r.started%p.super.extent)
 		t := &r.slots[(r.head+r.n)%window]
 		var ok bool
-		if t.buf, ok = r.s.arena.TryGet(int(roundUp(want))); !ok {
+		if t.buf, ok = p.arena.TryGet(int(roundUp(want))); !ok {
 			if !must || r.n > 0 {
 				break
 			}
-			t.buf = r.s.arena.Get(int(roundUp(want)))
+			t.buf = p.arena.Get(int(roundUp(want)))
 		}
-		t.op.Kind, t.op.Off, t.op.Data = uring.OpRead, r.data+r.started, t.buf.Data
-		t.busy = true
-		r.batch[n] = &t.op
-		n++
+		t.dev, t.op.Off = r.at(r.started)
+		t.op.Kind, t.op.Data, t.op.Placement = uring.OpRead, t.buf.Data, 0
+		t.start()
 		r.n++
 		r.started += want
-	}
-	if n > 0 {
-		r.s.dev.Submit(r.batch[:n]...)
 	}
 }
 
@@ -148,16 +241,24 @@ func (r *Reader) Next() (uring.Buf, error) {
 	case r.pos == r.end:
 		return uring.Buf{}, io.EOF
 	}
+	p := r.s.p
+	if part := int(r.pos / p.super.extent); part != r.sumOf {
+		if r.err = r.readHeader(part); r.err != nil {
+			return uring.Buf{}, r.err
+		}
+	}
 	var b uring.Buf
-	if r.s.mem {
-		b = uring.View(r.s.dev.View(r.data+r.pos, min(viewSize, r.last-r.pos)))
+	inPart := r.pos % p.super.extent
+	if p.mem {
+		d, off := r.at(r.pos)
+		b = uring.View(d.View(off, min(viewSize, r.last-r.pos, p.super.extent-inPart)))
 	} else {
-		r.start(0, true)
+		r.start(true)
 		t := &r.slots[r.head]
 		r.head, r.n = (r.head+1)%window, r.n-1
 		if err := t.wait(); err != nil {
 			t.buf.Put()
-			r.err = fmt.Errorf("kvlayer: read %v: %w", r.e.key, err)
+			r.err = fmt.Errorf("kvlayer: read %v: %w", r.es[0].key(), err)
 			return uring.Buf{}, r.err
 		}
 		b = t.buf
@@ -165,9 +266,10 @@ func (r *Reader) Next() (uring.Buf, error) {
 	}
 	for off := int64(0); off < int64(len(b.Data)); off += pieceSize {
 		piece := b.Data[off:min(off+pieceSize, int64(len(b.Data)))]
-		if xxh3.Hash(piece) != r.sums[(r.pos+off)/pieceSize] {
+		if xxh3.Hash(piece) != r.sums[(inPart+off)/pieceSize] {
 			b.Put()
-			r.err = r.corrupt("piece", r.data+r.pos+off)
+			_, at := r.at(r.pos + off)
+			r.err = r.corrupt("piece", r.es[r.sumOf], at)
 			return uring.Buf{}, r.err
 		}
 	}
@@ -187,6 +289,6 @@ func (r *Reader) Close() {
 		t.buf.Put()
 		r.head = (r.head + 1) % window
 	}
-	r.seg.pins.Add(-1)
-	r.s, r.seg = nil, nil
+	r.unpin(r.s)
+	r.s = nil
 }

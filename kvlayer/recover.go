@@ -5,337 +5,617 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
 	"github.com/kvof/kvof/uring"
-	"github.com/tidwall/btree"
+	"github.com/zeebo/xxh3"
 )
 
-// Open opens the store on dev, formatting a device whose first 128 KiB are
-// zero, and rebuilds the index from the log. Segments that were added by growing the
-// device are taken into use. Data that is not a store of this version is
-// ErrForeign. The device must support blocks of 4096 bytes; unless it is memory, the
-// store holds two large buffers of the arena until Close. Neither is closed with the store.
-func Open(dev uring.Device, arena *uring.Arena, o Options) (*Store, error) {
-	s := &Store{
-		dev: dev, arena: arena, log: o.Log,
-		mem:     dev.View(0, block) != nil,
-		maxKeys: o.MaxKeys,
-		holes:   make(map[int64]int64),
-		index: btree.NewBTreeGOptions(func(a, b entry) bool { return a.key.Compare(b.key) < 0 },
-			btree.Options{NoLocks: true}),
-	}
-	if s.log == nil {
-		s.log = slog.New(slog.DiscardHandler)
-	}
-	if bs := dev.BlockSize(); bs > block {
-		return nil, fmt.Errorf("kvlayer: the device's blocks have %d bytes, a store needs 4096 or less", bs)
-	}
-	if !s.mem {
-		if err := s.takeBuffers(); err != nil {
-			return nil, err
-		}
-	}
-	if err := s.recover(o); err != nil {
-		s.closed.Store(true)
-		s.slotsBuf.Put()
-		s.copyBuf.Put()
-		return nil, err
-	}
-	return s, nil
-}
-
-func (s *Store) takeBuffers() error {
-	for wait := time.Duration(0); ; wait += time.Millisecond { // a busy arena frees some soon
-		var a, b bool
-		s.slotsBuf, a = s.arena.TryGet(uring.LargeBuf)
-		s.copyBuf, b = s.arena.TryGet(uring.LargeBuf)
-		if a && b {
-			break
-		}
-		s.slotsBuf.Put()
-		s.copyBuf.Put()
-		if wait == time.Second {
-			return errors.New("kvlayer: the buffer arena is used up; make it larger")
-		}
-		time.Sleep(time.Millisecond)
-	}
-	s.slots = make(chan *slot, headerSlots)
-	for m := s.slotsBuf.Data; len(m) > 0; m = m[maxHeader:] {
-		s.slots <- &slot{mem: m[:maxHeader:maxHeader]}
-	}
-	return nil
-}
-
-func (s *Store) recover(o Options) error {
-	sl, err := s.slot()
+func (p *Pool) recover(progress func(done, total int)) error {
+	sl, err := p.slot()
 	if err != nil {
 		return err
 	}
-	defer s.putSlot(sl)
-	if err := s.loadSuper(sl); err != nil {
+	defer p.putSlot(sl)
+	if err := p.loadSupers(sl); err != nil {
 		return err
 	}
-	segCap := s.super.segSize - block
-	s.capacity = (s.super.segments - 1) * segCap
-	s.maxValue = min(MaxValue, segCap-block) // smaller segments than that need but one header block
-	if o.MaxValue > 0 {
-		s.maxValue = min(s.maxValue, o.MaxValue)
-	}
-
+	p.lay()
 	start := time.Now()
-	r := recovery{Store: s, progress: o.Progress}
+	r := recovery{Pool: p, progress: progress, used: make(map[uint64]bool)}
 	if err := r.run(sl); err != nil {
 		return err
 	}
-	s.log.Info("store opened", "keys", s.index.Len(), "used", s.used, "capacity", s.capacity,
-		"segments", len(s.segs), "took", time.Since(start).Round(time.Microsecond))
+	keys := int64(0)
+	for _, s := range p.stores {
+		keys += s.index.keys.Load()
+	}
+	p.log.Info("store opened", "devices", len(p.devs), "keys", keys, "capacity", p.Capacity(), "segments", r.total,
+		"sealed", r.sealed, "took", time.Since(start).Round(time.Microsecond))
 	return nil
 }
 
-// loadSuper reads the superblock, or formats an empty device.
-func (s *Store) loadSuper(sl *slot) error {
-	if s.dev.Size() < superArea {
-		_, _, err := geometry(s.dev.Size())
-		return err
+// loadSupers reads the superblocks, and formats empty devices.
+func (p *Pool) loadSupers(sl *slot) error {
+	var fresh []*device
+	var supers []super // of each device that has one
+	rewrite := false
+	for _, d := range p.devs {
+		d.member = -1
+		if d.Size() < superArea {
+			_, _, err := geometry(d.Size())
+			return err
+		}
+		found, err := d.loadSuper(&sl.op)
+		if err != nil {
+			return err
+		}
+		if len(found) == 0 {
+			fresh = append(fresh, d)
+			continue
+		}
+		s := slices.MaxFunc(found, func(a, b super) int { return cmpWordEq(a.gen, b.gen) })
+		rewrite = rewrite || len(found) < 2 || found[0].gen != found[1].gen
+		d.member = s.member
+		for _, o := range supers {
+			if o.id != s.id || o.member == s.member {
+				return fmt.Errorf("%w: %s belongs to another pool than the devices before it", ErrForeign, d.Info().Path)
+			}
+		}
+		supers = append(supers, s)
+		if have := segmentsOf(d.Size(), s.segSize); have < s.segments {
+			return fmt.Errorf("%w: the device has %d bytes and the store needs %d; give it back its size", ErrForeign, d.Size(), dataStart+s.segments*s.segSize)
+		} else if have > s.segments {
+			rewrite = true // it grew
+		}
 	}
-	b, err := s.read(&sl.op, s.copyBuf.Data, 0, superArea)
-	if err != nil {
-		return fmt.Errorf("kvlayer: read superblock: %w", err)
+	if len(supers) == 0 {
+		small := slices.MinFunc(p.devs, func(a, b *device) int { return int(a.Size()>>12) - int(b.Size()>>12) })
+		var err error
+		if p.super.segSize, p.super.extent, err = geometry(small.Size()); err != nil {
+			return err
+		}
+		var seed [8]byte
+		_, _ = rand.Read(seed[:]) // never fails
+		p.super.id, p.super.seed = uuid.New(), le.Uint64(seed[:])
+		p.log.Info("formatting an empty device", "store", p.super.id, "devices", len(fresh), "segment_size", p.super.segSize)
+	} else {
+		p.super = slices.MaxFunc(supers, func(a, b super) int { return cmpWordEq(a.gen, b.gen) })
+	}
+	for _, d := range fresh {
+		if segmentsOf(d.Size(), p.super.segSize) < minSegments {
+			return fmt.Errorf("kvlayer: a device of %d bytes is too small for a pool with segments of %d", d.Size(), p.super.segSize)
+		}
+		if d.member = len(p.super.epochs); d.member == maxMembers {
+			return fmt.Errorf("kvlayer: a pool has at most %d devices in its life", maxMembers)
+		}
+		p.super.epochs = append(p.super.epochs, 0)
+		rewrite = true
+	}
+	slices.SortFunc(p.devs, func(a, b *device) int { return a.member - b.member })
+	for i, e := range p.super.epochs { // what a missing device had must not come back with it
+		if !slices.ContainsFunc(p.devs, func(d *device) bool { return d.member == i }) {
+			p.log.Warn("a device of the pool is missing: its values are lost", "member", i)
+			p.super.epochs[i], rewrite = e+1, true
+		}
+	}
+	if rewrite {
+		return p.writeSupersIn(sl)
+	}
+	return nil
+}
+
+func cmpWordEq(a, b uint64) int {
+	if a == b {
+		return 0
+	}
+	return cmpWord(a, b)
+}
+
+// loadSuper returns the valid copies of d's superblock, the better first: none if d is empty.
+func (d *device) loadSuper(op *uring.Op) (found []super, err error) {
+	b := aligned(superArea)
+	if b, err = d.read(op, b, 0, superArea); err != nil {
+		return nil, fmt.Errorf("kvlayer: read superblock: %w", err)
 	}
 	first, err1 := parseSuper(b)
 	second, err2 := parseSuper(b[superSecond:])
-	switch {
-	case err1 != nil && err2 != nil:
+	if err1 != nil && err2 != nil {
 		if len(bytes.TrimLeft(b, "\x00")) == 0 {
-			return s.format(sl)
+			return nil, nil
 		}
 		if errors.Is(err1, errNoSuper) {
 			err1 = err2
 		}
-		return fmt.Errorf("%w: %w", ErrForeign, err1)
-	case err1 != nil, err2 == nil && second.gen > first.gen:
-		s.super = second
-	default:
-		s.super = first
+		return nil, fmt.Errorf("%w: %w", ErrForeign, err1)
 	}
-	have := (s.dev.Size() - dataStart) / s.super.segSize
-	if have < s.super.segments {
-		return fmt.Errorf("%w: the device has %d bytes and the store needs %d; give it back its size",
-			ErrForeign, s.dev.Size(), dataStart+s.super.segments*s.super.segSize)
+	if err1 == nil {
+		found = append(found, first)
 	}
-	if have == s.super.segments && err1 == nil && err2 == nil && first == second {
-		return nil
+	if err2 == nil {
+		found = append(found, second)
 	}
-	s.super.segments = have // the device grew, or a copy was lost
-	return s.writeSuper(sl)
+	return found, nil
 }
 
-func (s *Store) format(sl *slot) (err error) {
-	if s.super.segSize, s.super.segments, err = geometry(s.dev.Size()); err != nil {
+// writeSupers writes the pool's superblocks. Under meta.
+func (p *Pool) writeSupers() error {
+	sl, err := p.slot()
+	if err != nil {
 		return err
 	}
-	var seed [8]byte
-	_, _ = rand.Read(seed[:]) // never fails
-	s.super.id, s.super.seed = uuid.New(), le.Uint64(seed[:])
-	s.log.Info("formatting an empty device", "store", s.super.id, "segments", s.super.segments, "segment_size", s.super.segSize)
-	return s.writeSuper(sl)
+	defer p.putSlot(sl)
+	return p.writeSupersIn(sl)
 }
 
-// writeSuper writes the copies one after the other, so that one is always whole.
-func (s *Store) writeSuper(sl *slot) error {
-	s.super.gen++
+// writeSupersIn writes the copies one after the other, so that one is always whole.
+func (p *Pool) writeSupersIn(sl *slot) error {
+	p.super.gen++
 	for _, off := range [...]int64{0, superSecond} {
-		putSuper(s.header(sl, off, block), s.super)
-		err := s.writeHeader(sl, off, block)
-		if err == nil {
-			err = s.flush(sl)
-		}
-		if err != nil {
-			return fmt.Errorf("kvlayer: write superblock: %w", err)
+		for _, d := range p.devs {
+			if d.lost.Load() {
+				continue
+			}
+			s := p.super
+			s.member, s.segments = d.member, segmentsOf(d.Size(), s.segSize)
+			b := d.header(sl.mem, off)
+			putSuper(b, &s)
+			err := d.write(&sl.op, off, b)
+			if err == nil {
+				err = d.sync()
+			}
+			if err != nil && !d.lost.Load() {
+				return fmt.Errorf("kvlayer: write superblock: %w", err)
+			}
 		}
 	}
 	return nil
 }
 
+// lay lays out the segments of all devices in the pool's numbering.
+func (p *Pool) lay() {
+	p.per = p.super.segSize / block
+	first := int64(0)
+	for _, d := range p.devs {
+		d.first = first
+		d.segs = make([]segment, min(segmentsOf(d.Size(), p.super.segSize), maxBlocks/p.per-first))
+		for i := range d.segs {
+			g := &d.segs[i]
+			g.dev, g.off, g.base = d, dataStart+int64(i)*p.super.segSize, (first+int64(i))*p.per
+		}
+		first += int64(len(d.segs))
+	}
+	for i := range p.super.tenants {
+		p.tenant(i)
+	}
+}
+
 // recovery rebuilds the index.
 type recovery struct {
-	*Store
+	*Pool
 	progress func(done, total int)
+	total    int
+	sealed   int
 
-	mu     sync.Mutex
-	dead   []entry // live records that lost to a newer one
-	seqMax uint64
-	done   int
-	err    error
+	mu    sync.Mutex
+	used  map[uint64]bool // generations of segments in use
+	dead  []entry         // records that lost to another, and must not come back
+	moved []partRecord    // copies that reclaiming made of what is still in use
+	parts []partRecord    // other than the first of their values
+	seq   uint64
+	done  int
+	err   error
+}
+
+type partRecord struct {
+	s *Store
+	e entry
+}
+
+// workers read segments, so many on each device.
+const workers = 8
+
+// each calls f for every segment, with a buffer of its own for each goroutine.
+func (r *recovery) each(f func(g *segment, op *uring.Op, buf []byte) error) error {
+	var wg sync.WaitGroup
+	for _, d := range r.devs {
+		var next atomic.Int64
+		for w := range workers {
+			buf := d.copy.Data
+			var more uring.Buf
+			if w > 0 && !r.mem {
+				var ok bool
+				if more, ok = r.arena.TryGet(uring.LargeBuf); !ok {
+					break
+				}
+				buf = more.Data
+			}
+			wg.Go(func() {
+				defer more.Put()
+				var op uring.Op
+				for i := next.Add(1) - 1; i < int64(len(d.segs)); i = next.Add(1) - 1 {
+					if err := f(&d.segs[i], &op, buf); err != nil && !d.lost.Load() {
+						r.mu.Lock()
+						r.err = fmt.Errorf("kvlayer: segment %d of device %d: %w", i, d.member, err)
+						r.mu.Unlock()
+						return
+					}
+				}
+			})
+		}
+	}
+	wg.Wait()
+	return r.err
 }
 
 func (r *recovery) run(sl *slot) error {
-	r.segs = make([]segment, r.super.segments)
-	for i := range r.segs {
-		r.segs[i].off = dataStart + int64(i)*r.super.segSize
+	for _, d := range r.devs {
+		r.total += len(d.segs)
 	}
-	var wg sync.WaitGroup
-	var next atomic.Int64
-	worker := func(buf []byte) {
-		var op uring.Op
-		for i := next.Add(1) - 1; i < int64(len(r.segs)); i = next.Add(1) - 1 {
-			r.segment(i, &op, buf)
-		}
+	if err := r.each(r.readHeader); err != nil {
+		return err
 	}
-	for range 7 {
-		if r.mem {
-			break
-		}
-		b, ok := r.arena.TryGet(uring.LargeBuf)
-		if !ok {
-			break
-		}
-		wg.Go(func() {
-			defer b.Put()
-			worker(b.Data)
-		})
+	if err := r.each(r.readRecords); err != nil {
+		return err
 	}
-	worker(r.copyBuf.Data)
-	wg.Wait()
-	if r.err != nil {
-		return r.err
+	if err := r.endMoves(sl); err != nil {
+		return err
 	}
-
-	for _, e := range r.dead {
-		if err := r.kill(sl, e, r.segmentOf(e.off).gen); err != nil {
-			return fmt.Errorf("kvlayer: recovery: %w", err)
-		}
+	r.join()
+	if err := r.buryAll(sl); err != nil {
+		return fmt.Errorf("kvlayer: recovery: %w", err)
 	}
-	r.seq.Store(r.seqMax)
-	r.index.Scan(func(e entry) bool {
-		r.segmentOf(e.off).live += e.span()
-		r.used += e.span()
-		return true
-	})
-	// The newest segment goes on where it ended; others that were not sealed are now.
-	for i := range r.segs {
-		if g := &r.segs[i]; g.state == segmentOpen && (r.open == nil || g.gen > r.open.gen) {
-			r.open = g
-		}
-	}
-	for i := range r.segs {
-		if g := &r.segs[i]; g.state == segmentOpen && g != r.open {
-			if err := r.seal(sl, g); err != nil {
-				return err
+	r.Pool.seq.Store(r.seq)
+	// The newest segment of each log goes on where it ended; others are sealed.
+	for _, d := range r.devs {
+		for i := range d.segs {
+			g := &d.segs[i]
+			if g.state == segmentOpen && g.live.Load() == 0 { // nobody misses it
+				g.state, g.store, g.log = segmentFree, nil, nil
+			}
+			if g.state == segmentFree {
+				d.free = append(d.free, g)
+				continue
+			}
+			g.store.hold(g.class, r.super.segSize)
+			if g.state != segmentOpen {
+				r.sealed++
+				continue
+			}
+			g.state = segmentFull
+			if o := d.open[g.store.tenant][g.class]; o == nil || o.gen < g.gen {
+				d.open[g.store.tenant][g.class] = g
 			}
 		}
+		for _, logs := range d.open {
+			for _, g := range logs {
+				if g != nil {
+					g.state = segmentOpen
+				}
+			}
+		}
+		// Those that were used come first, so that files grow only as needed.
+		slices.SortStableFunc(d.free, func(a, b *segment) int { return cmpWordEq(a.gen-1, b.gen-1) })
 	}
-	return r.restoreReserve(sl)
+	return nil
 }
 
-// segment takes segment i's records into the index.
-func (r *recovery) segment(i int64, op *uring.Op, buf []byte) {
-	g := &r.segs[i]
-	err := r.scanSegment(i, g, op, buf)
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if err != nil {
-		r.err = fmt.Errorf("kvlayer: segment %d: %w", i, err)
-	}
-	r.gen = max(r.gen, g.gen)
-	if r.done++; r.progress != nil {
-		r.progress(r.done, len(r.segs))
-	}
-}
-
-func (r *recovery) scanSegment(i int64, g *segment, op *uring.Op, buf []byte) error {
-	b, err := r.read(op, buf, g.off, block)
+// readHeader reads a segment's header.
+func (r *recovery) readHeader(g *segment, op *uring.Op, buf []byte) error {
+	d := g.dev
+	b, err := d.read(op, buf, g.off, block)
 	if err != nil && !errors.Is(err, uring.ErrMedia) {
 		return err
 	}
 	h, ok := parseSegment(b, r.super.seed)
-	if err != nil || !ok || h.id != r.super.id || h.index != i {
+	if err != nil || !ok || h.id != r.super.id || h.member != d.member || h.index != g.index() || h.tenant >= maxTenants {
 		if err != nil || bytes.Equal(b[24:40], r.super.id[:]) {
-			r.c.corrupt.Add(1)
-			r.log.Warn("segment header is damaged: its values are lost", "segment", i, "offset", g.off, "error", err)
+			r.log.Warn("segment header is damaged: its values are lost", "member", d.member, "segment", g.index(), "offset", g.off, "error", err)
 		}
 		return nil
 	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	g.gen = h.gen
-	if h.free {
+	r.gen = max(r.gen, h.gen)
+	if h.free || h.epoch != r.super.epochs[d.member] {
 		return nil
 	}
-	g.state = segmentOpen
-	tail, sealed, err := r.scan(g, op, buf, func(rec record) {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		r.seqMax = max(r.seqMax, rec.seq)
-		if rec.kind == recordLive {
-			r.add(entry{off: rec.off, seq: rec.seq, size: uint32(rec.size), key: rec.key})
-		}
-	})
-	g.tail = tail
-	if sealed || tail == r.super.segSize {
-		g.state = segmentSealed
-	}
-	return err
+	g.state, g.class, g.store = segmentOpen, h.class, r.tenant(h.tenant)
+	r.used[h.gen] = true
+	return nil
 }
 
-// add enters e unless a newer record of its key is there; the loser dies. Of
-// two copies that an interrupted cleaning left, the one it made counts.
-func (r *recovery) add(e entry) {
-	old, ok := r.index.Get(e)
+// readRecords takes a segment's records into the index.
+func (r *recovery) readRecords(g *segment, op *uring.Op, buf []byte) error {
+	defer func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if r.done++; r.progress != nil {
+			r.progress(r.done, r.total)
+		}
+	}()
+	if g.state == segmentFree {
+		return nil
+	}
+	rs, tail, ok, err := g.readSummary(op, buf)
+	if err != nil && !errors.Is(err, uring.ErrMedia) {
+		return err
+	}
 	if ok {
-		newer := e.seq > old.seq || e.seq == old.seq && r.segmentOf(e.off).gen > r.segmentOf(old.off).gen
-		if !newer {
-			r.dead = append(r.dead, e)
-			return
+		g.state, g.tail, g.records = segmentSealed, tail, len(rs)
+		for i := 0; i == 0 || i < len(rs); i += perSummary {
+			at := uint32(0)
+			if len(rs) > 0 {
+				at = uint32((rs[i].off - g.off) / block)
+			}
+			g.fence = append(g.fence, at)
+		}
+	} else {
+		rs = nil
+		if g.tail, err = g.scan(op, buf, func(rec record) {
+			g.records++
+			if rs = append(rs, rec); rec.kind == recordLive {
+				g.log = append(g.log, rec)
+			}
+		}); err != nil {
+			return err
+		}
+	}
+	for i := range rs {
+		r.add(g, &rs[i])
+	}
+	return nil
+}
+
+// add enters a record. Of the first parts of a key's values the newest counts; a copy
+// that reclaiming made counts only once its source is free. The others die.
+func (r *recovery) add(g *segment, rec *record) {
+	s := g.store
+	e := makeEntry(rec.key, rec.part, rec.seq, rec.size, g.base+(rec.off-g.off)/block)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.seq = max(r.seq, rec.seq)
+	switch {
+	case rec.kind != recordLive:
+	case rec.from != 0 && r.used[rec.from]:
+		if rec.part == 0 {
+			r.moved = append(r.moved, partRecord{s, e})
+		}
+	case rec.part > 0:
+		r.parts = append(r.parts, partRecord{s, e})
+	default:
+		if old, ok := s.index.get(rec.key, 0, 0); ok {
+			if old.seq() >= e.seq() {
+				r.dead = append(r.dead, e)
+				return
+			}
+			r.dead = append(r.dead, old)
+			r.count(s, old, -1)
+		}
+		s.index.replace(rec.key, []entry{e}, nil)
+		r.count(s, e, 1)
+	}
+}
+
+// endMoves ends what reclaiming had begun: a copy that is whole takes its original's
+// place, so that interrupted reclaims do not use up the space there is for them.
+func (r *recovery) endMoves(sl *slot) error {
+	for _, m := range r.moved {
+		old, ok := m.s.index.get(m.e.key(), 0, 0)
+		if ok = ok && old.seq() == m.e.seq(); ok {
+			var err error
+			if ok, err = r.adopt(sl, m.e); err != nil {
+				return err
+			}
+		}
+		if !ok {
+			r.dead = append(r.dead, m.e)
+			continue
 		}
 		r.dead = append(r.dead, old)
+		r.count(m.s, old, -1)
+		m.s.index.replace(m.e.key(), []entry{m.e}, nil)
+		r.count(m.s, m.e, 1)
 	}
-	r.index.Set(e)
+	if len(r.moved) == 0 {
+		return nil
+	}
+	return r.flushAll() // the copies stand on their own before the originals die
+}
+
+// buryAll marks what lost dead: first in the summaries, for good, then in the headers. So where
+// there are two of a record, and one died, the other counts for sure.
+func (r *recovery) buryAll(sl *slot) error {
+	for _, step := range [...]func(g *segment, e entry, off int64) error{
+		func(g *segment, _ entry, off int64) error { return g.strike(sl, off) },
+		func(g *segment, e entry, off int64) error { return g.bury(sl, e, off) },
+	} {
+		for _, e := range r.dead {
+			g, off := r.segmentOf(e.block())
+			g.meta.Lock()
+			err := step(g, e, off)
+			g.meta.Unlock()
+			if err != nil && !g.dev.lost.Load() {
+				return err
+			}
+		}
+		if len(r.dead) > 0 {
+			if err := r.flushAll(); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// adopt verifies a copy and has its header no longer say that it is one.
+func (r *recovery) adopt(sl *slot, e entry) (ok bool, err error) {
+	g, off := r.segmentOf(e.block())
+	d := g.dev
+	defer func() {
+		if errors.Is(err, uring.ErrMedia) {
+			ok, err = false, nil
+		}
+	}()
+	b, err := d.read(&sl.op, sl.mem, off, block)
+	if err != nil {
+		return false, err
+	}
+	rec, ok := parseRecord(b, r.super.seed, r.super.extent)
+	if !ok || !rec.is(e) || rec.gen != g.gen {
+		return false, nil
+	}
+	sums := appendSums(nil, b, rec, r.super.extent)
+	if ok, err = d.verify(&sl.op, d.copy.Data, off, partSize(rec.size, rec.part, r.super.extent), sums); !ok || err != nil {
+		return false, err
+	}
+	rec.from = 0
+	for i := range g.log {
+		if g.log[i].off == off {
+			g.log[i].from = 0
+		}
+	}
+	return true, g.writeRecord(sl, rec, sums)
+}
+
+// verify reads n bytes of data of the record at off and compares them with sums.
+func (d *device) verify(op *uring.Op, buf []byte, off, n int64, sums []uint64) (bool, error) {
+	for i, sum := range sums {
+		at := int64(i) * pieceSize
+		m := min(pieceSize, n-at)
+		b, err := d.read(op, buf, off+block+at, roundUp(m))
+		if err != nil || xxh3.Hash(b[:m]) != sum {
+			return false, err
+		}
+	}
+	return true, nil
+}
+
+func (r *recovery) count(s *Store, e entry, sign int64) {
+	n := sign * s.span(e)
+	g, _ := r.segmentOf(e.block())
+	g.live.Add(n)
+	s.used.Add(n)
+}
+
+// join gives the striped values their parts, and drops those that lack one.
+func (r *recovery) join() {
+	slices.SortFunc(r.parts, func(a, b partRecord) int {
+		switch {
+		case a.s != b.s:
+			return a.s.tenant - b.s.tenant
+		case a.e.hi != b.e.hi:
+			return cmpWord(a.e.hi, b.e.hi)
+		case a.e.lo != b.e.lo:
+			return cmpWord(a.e.lo, b.e.lo)
+		case a.e.ident()&15 != b.e.ident()&15:
+			return int(a.e.ident()&15) - int(b.e.ident()&15)
+		case a.e.seq() != b.e.seq():
+			return cmpWord(a.e.seq(), b.e.seq())
+		}
+		return a.e.part() - b.e.part()
+	})
+	for ps := r.parts; len(ps) > 0; {
+		s, k, seq := ps[0].s, ps[0].e.key(), ps[0].e.seq()
+		head, ok := s.index.get(k, 0, 0)
+		es := []entry{head}
+		n := 0
+		for ; n < len(ps) && ps[n].s == s && ps[n].e.seq() == seq && ps[n].e.key() == k; n++ {
+			if e := ps[n].e; e.part() == len(es) && e.size() == head.size() {
+				es = append(es, e)
+			}
+		}
+		ps = ps[n:]
+		if ok && head.seq() == seq && len(es) == s.index.partsOf(head.size()) {
+			s.index.replace(k, es, nil)
+			for _, e := range es[1:] {
+				r.count(s, e, 1)
+			}
+		}
+	}
+	r.parts = nil
+	whole := !slices.ContainsFunc(r.super.epochs, func(e uint32) bool { return e > 0 })
+	for _, s := range r.stores {
+		var torn []entry
+		s.index.each(func(es []entry) bool {
+			for _, e := range es {
+				if n := s.index.partsOf(e.size()); n > 1 && e.part() == 0 && len(s.index.all(nil, e.key())) < n {
+					torn = append(torn, e)
+				}
+			}
+			return true
+		})
+		for _, e := range torn {
+			s.drop(e, reasonLost)
+			if whole { // else there may be many, and what they lack does not come back
+				r.dead = append(r.dead, e)
+			}
+		}
+	}
+}
+
+// readSummary returns the records of a sealed segment, and where they end; not ok if
+// it is not sealed, or the summary is damaged.
+func (g *segment) readSummary(op *uring.Op, buf []byte) (rs []record, tail int64, ok bool, err error) {
+	d, p := g.dev, g.dev.p
+	end := g.off + p.super.segSize
+	blocks := 1
+	for i := 0; i < blocks; i++ {
+		b, err := d.read(op, buf, end-int64(i+1)*block, block)
+		if err != nil {
+			return rs, 0, false, err
+		}
+		h, more, ok := parseSummary(rs, b, p.super.seed, g.gen, g.off, p.super.segSize, p.super.extent)
+		if !ok || h.block != i || i > 0 && (h.blocks != blocks || h.tail != tail) {
+			return rs, 0, false, nil
+		}
+		rs, blocks, tail = more, h.blocks, h.tail
+	}
+	return rs, tail, true, nil
 }
 
 // scan calls f for each live and dead record of g, in order. It goes from
 // header to header; where none is (a write that was never committed) it looks
 // at every block until the next one. tail is the end of the last record, relative
-// to the segment; sealed tells that a seal follows it. Unreadable stretches are skipped.
-func (s *Store) scan(g *segment, op *uring.Op, buf []byte, f func(record)) (tail int64, sealed bool, err error) {
-	pos, end := g.off+block, g.off+s.super.segSize
+// to the segment. Unreadable stretches are skipped.
+func (g *segment) scan(op *uring.Op, buf []byte, f func(record)) (tail int64, err error) {
+	d, p := g.dev, g.dev.p
+	pos, end := g.off+block, g.off+p.super.segSize
 	var win []byte // what has been read, from at
 	var at int64
 	chunk := int64(len(buf))
-	if s.mem {
-		chunk = s.super.segSize
+	if p.mem {
+		chunk = p.super.segSize
 	}
 	ahead := chunk
 	for tail = block; pos < end; {
-		if need := min(maxHeader, end-pos); pos+need > at+int64(len(win)) {
-			n := min(max(ahead, maxHeader), end-pos)
-			if win, err = s.read(op, buf, pos, n); errors.Is(err, uring.ErrMedia) {
-				s.c.corrupt.Add(1)
-				s.log.Warn("cannot read part of a segment", "offset", pos, "length", n, "error", err)
+		if pos+block > at+int64(len(win)) {
+			n := min(max(ahead, block), end-pos)
+			if win, err = d.read(op, buf, pos, n); errors.Is(err, uring.ErrMedia) {
+				p.log.Warn("cannot read part of a segment", "member", d.member, "offset", pos, "length", n, "error", err)
 				clear(win)
 			} else if err != nil {
-				return tail, false, err
+				return tail, err
 			}
 			at = pos
 		}
-		r, ok := parseRecord(win[pos-at:], s.super.seed)
-		n := span(r.size)
+		r, ok := parseRecord(win[pos-at:], p.super.seed, p.super.extent)
+		n := span(partSize(r.size, r.part, p.super.extent))
 		if !ok || r.off != pos || r.gen != g.gen || n > end-pos {
 			pos, ahead = pos+block, chunk
 			continue
-		}
-		if r.kind == recordSeal {
-			return tail, true, nil
 		}
 		f(r)
 		pos += n
 		tail = pos - g.off
 		if ahead = chunk; n > chunk/2 {
-			ahead = maxHeader // the next header is far
+			ahead = block // the next header is far
 		}
 	}
-	return tail, false, nil
+	return tail, nil
 }

@@ -1,0 +1,331 @@
+package kvlayer
+
+import (
+	"encoding/binary"
+	"math/rand/v2"
+	"os"
+	"runtime"
+	"runtime/metrics"
+	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+)
+
+const testExtent = 4 << 20
+
+func newTestIndex(t testing.TB) *index {
+	s, err := newSlab()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.close)
+	return newIndex(s, testExtent)
+}
+
+// scattered is a key like those of content hashes.
+func scattered(n int) Key {
+	var b [MaxKey]byte
+	binary.BigEndian.PutUint64(b[:], uint64(n)*0x9E3779B97F4A7C15)
+	binary.BigEndian.PutUint64(b[8:], uint64(n))
+	return Key{b: b, n: MaxKey}
+}
+
+// partEntries are the entries of a value of size bytes.
+func partEntries(k Key, seq uint64, size int64) (es []entry) {
+	for part := range max(1, int((size+testExtent-1)/testExtent)) {
+		es = append(es, makeEntry(k, part, seq, size, int64(seq)*16+int64(part)))
+	}
+	return es
+}
+
+// TestIndexModel compares the index with a map: dense keys and scattered ones, of
+// several lengths, whole values and striped ones, from empty to many leaves and back.
+func TestIndexModel(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		s, err := newSlab()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.close()
+		x := newIndex(s, testExtent)
+		type val struct {
+			seq  uint64
+			size int64
+		}
+		model := map[Key]val{}
+		seq := uint64(0)
+		kind := rapid.IntRange(0, 2).Draw(t, "kind")
+		name := func(i int) Key {
+			switch kind {
+			case 0:
+				return key(i)
+			case 1:
+				return scattered(i)
+			}
+			k, _ := MakeKey(make([]byte, 1+i%16)) // keys that differ in their length alone, too
+			k.b[0] = byte(i / 16)
+			return k
+		}
+		keys := 20000
+		if kind == 2 {
+			keys = 4096
+		}
+		put := func(i int, size int64) {
+			seq++
+			k := name(i)
+			old := x.replace(k, partEntries(k, seq, size), nil)
+			v, had := model[k]
+			if had != (len(old) > 0) || had && (old[0].seq() != v.seq || len(old) != len(partEntries(k, 0, v.size))) {
+				t.Fatalf("replace returned %v, had %v", old, v)
+			}
+			model[k] = val{seq, size}
+		}
+		del := func(i int) {
+			k := name(i)
+			if old := x.replace(k, nil, nil); (len(old) > 0) != (model[k].seq != 0) {
+				t.Fatal("removed what was not there, or not what was")
+			}
+			delete(model, k)
+		}
+		t.Repeat(map[string]func(*rapid.T){
+			"put many": func(t *rapid.T) {
+				from, n := rapid.IntRange(0, keys).Draw(t, "from"), rapid.IntRange(1, 6000).Draw(t, "n")
+				for i := range n {
+					put((from+i)%keys, int64(i%3)*3<<20)
+				}
+			},
+			"delete many": func(t *rapid.T) {
+				from, n := rapid.IntRange(0, keys).Draw(t, "from"), rapid.IntRange(1, 9000).Draw(t, "n")
+				for i := range n {
+					del((from + i) % keys)
+				}
+			},
+			"put": func(t *rapid.T) {
+				put(rapid.IntRange(0, keys-1).Draw(t, "key"), rapid.Int64Range(0, MaxValue).Draw(t, "size"))
+			},
+			"delete": func(t *rapid.T) { del(rapid.IntRange(0, keys-1).Draw(t, "key")) },
+			"move": func(t *rapid.T) {
+				k := name(rapid.IntRange(0, keys-1).Draw(t, "key"))
+				e, ok := x.get(k, 0, 0)
+				if !ok {
+					return
+				}
+				if !x.update(e, func(e *entry) { e.meta |= entryPinned }) || x.update(makeEntry(k, 0, seq+1, 0, 0), func(*entry) {}) {
+					t.Fatal("update changes what it names, and nothing else")
+				}
+				if e, _ = x.get(k, 0, 0); !e.pinned() {
+					t.Fatal("not updated")
+				}
+			},
+			"remove": func(t *rapid.T) {
+				k := name(rapid.IntRange(0, keys-1).Draw(t, "key"))
+				v, ok := model[k]
+				if !ok {
+					return
+				}
+				es := partEntries(k, v.seq, v.size)
+				if old := x.remove(es[len(es)-1], nil); len(old) != len(es) {
+					t.Fatalf("%d parts removed of %d", len(old), len(es))
+				}
+				delete(model, k)
+			},
+			"": func(t *rapid.T) {
+				if int(x.keys.Load()) != len(model) {
+					t.Fatalf("%d keys, want %d", x.keys.Load(), len(model))
+				}
+				for k, v := range model {
+					got := x.all(nil, k)
+					want := partEntries(k, v.seq, v.size)
+					if !slices.EqualFunc(got, want, entry.same) {
+						t.Fatalf("%v: %v, want %v", k, got, want)
+					}
+				}
+				from := name(rapid.IntRange(0, keys-1).Draw(t, "from"))
+				var want, got []Key
+				for k := range model {
+					if k.Compare(from) >= 0 {
+						want = append(want, k)
+					}
+				}
+				slices.SortFunc(want, Key.Compare)
+				x.ascend(from, func(e entry) bool {
+					got = append(got, e.key())
+					return true
+				})
+				if !slices.Equal(got, want) {
+					t.Fatalf("%d keys listed, want %d", len(got), len(want))
+				}
+			},
+		})
+	})
+}
+
+// TestIndexParallel reads without locks while others write: what is there all the
+// time is found all the time, whole.
+func TestIndexParallel(t *testing.T) {
+	x := newTestIndex(t)
+	const fixed = 3000
+	for i := range fixed {
+		k := scattered(i)
+		x.replace(k, partEntries(k, 1, 10<<20), nil)
+	}
+	var stop atomic.Bool
+	var writers, readers sync.WaitGroup
+	for g := range 2 {
+		writers.Go(func() {
+			for round := range 2 {
+				for i := range 10000 {
+					k := scattered(fixed + 2*i + g)
+					x.replace(k, partEntries(k, uint64(round+2), 0), nil)
+				}
+				for i := range 10000 {
+					x.replace(scattered(fixed+2*i+g), nil, nil)
+				}
+			}
+		})
+		readers.Go(func() {
+			for i := 0; !stop.Load(); i++ {
+				k := scattered(i % fixed)
+				if _, ok := x.get(k, 2, 1); !ok {
+					t.Error("a key that is there was not found")
+					return
+				}
+				if es := x.all(nil, k); len(es) != 3 {
+					t.Errorf("%d parts of 3", len(es))
+					return
+				}
+				if i%5000 == 0 {
+					n := 0
+					x.ascend(Key{}, func(e entry) bool {
+						if e.size() > 0 {
+							n++
+						}
+						return true
+					})
+					if n != fixed {
+						t.Errorf("%d keys listed of %d that are always there", n, fixed)
+						return
+					}
+				}
+			}
+		})
+	}
+	writers.Wait()
+	stop.Store(true)
+	readers.Wait()
+}
+
+// TestIndexSize fills and empties an index in order, as a log does, and at random:
+// the bytes of an entry, and that memory serves again.
+func TestIndexSize(t *testing.T) {
+	n := 400_000
+	if testing.Short() {
+		n = 100_000
+	}
+	for name, k := range map[string]func(int) Key{"dense": key, "scattered": scattered} {
+		x := newTestIndex(t)
+		for i := range n {
+			x.replace(k(i), partEntries(k(i), 1, 1), nil)
+		}
+		d := x.dir.Load()
+		dir := int64(len(d.leaves)) * (24 + 64)
+		perEntry := float64(x.slab.bytes()+dir) / float64(n)
+		if t.Logf("%s: %.1f bytes an entry, %d leaves", name, perEntry, len(d.leaves)); perEntry > 48 {
+			t.Errorf("%s: %.1f bytes an entry", name, perEntry)
+		}
+		peak := x.slab.bytes()
+		for i := range 3 * n { // as many keys come as go
+			x.replace(k(i), nil, nil)
+			x.replace(k(n+i), partEntries(k(n+i), 1, 1), nil)
+		}
+		if x.slab.bytes() > peak*5/4 {
+			t.Errorf("%s: %d bytes mapped, %d before", name, x.slab.bytes(), peak)
+		}
+		for i := 3 * n; i < 4*n; i++ {
+			x.replace(k(i), nil, nil)
+		}
+		if n := len(x.dir.Load().leaves); n != 1 || x.keys.Load() != 0 {
+			t.Errorf("%s: %d leaves of nothing", name, n)
+		}
+	}
+}
+
+// BenchmarkIndex looks keys up in an index of KVOF_KEYS keys, 1 million unless told, and reports
+// the longest pause of the garbage collector meanwhile and the memory an entry takes.
+func BenchmarkIndex(b *testing.B) {
+	n := 1_000_000
+	if s := os.Getenv("KVOF_KEYS"); s != "" {
+		n, _ = strconv.Atoi(s)
+	}
+	x := newTestIndex(b)
+	for i := range n {
+		x.replace(scattered(i), []entry{makeEntry(scattered(i), 0, 1, 2<<20, int64(i))}, nil)
+	}
+	perEntry := float64(x.slab.bytes()+int64(len(x.dir.Load().leaves))*(24+64)) / float64(n)
+	pick := make([]Key, 1<<20)
+	for i := range pick {
+		pick[i] = scattered(rand.IntN(n))
+	}
+	run := func(name string, f func(i int)) {
+		b.Run(name, func(b *testing.B) {
+			before := pauses()
+			var stop atomic.Bool
+			var wg sync.WaitGroup
+			wg.Go(func() {
+				for !stop.Load() {
+					runtime.GC()
+					time.Sleep(100 * time.Millisecond)
+				}
+			})
+			b.ReportAllocs()
+			for i := 0; b.Loop(); i++ {
+				f(i)
+			}
+			stop.Store(true)
+			wg.Wait()
+			b.ReportMetric(perEntry, "B/entry")
+			b.ReportMetric(longest(before, pauses()), "µs-gc-pause-max")
+		})
+	}
+	run("hit", func(i int) {
+		if _, ok := x.get(pick[i&(len(pick)-1)], 0, 1); !ok {
+			b.Fatal("gone")
+		}
+	})
+	run("miss", func(i int) {
+		k := pick[i&(len(pick)-1)]
+		k.b[15] ^= 0x55
+		k.b[9] = 1
+		x.get(k, 0, 1)
+	})
+	run("replace", func(i int) {
+		k := pick[i&(len(pick)-1)]
+		var old [1]entry
+		x.replace(k, []entry{makeEntry(k, 0, 2, 2<<20, int64(i))}, old[:0])
+	})
+	run("list1000", func(i int) {
+		left := 1000
+		x.ascend(pick[i&(len(pick)-1)], func(entry) bool { left--; return left > 0 })
+	})
+}
+
+func pauses() *metrics.Float64Histogram {
+	s := []metrics.Sample{{Name: "/sched/pauses/total/gc:seconds"}}
+	metrics.Read(s)
+	return s[0].Value.Float64Histogram()
+}
+
+// longest is the upper bound in microseconds of the longest pause between two readings.
+func longest(a, b *metrics.Float64Histogram) float64 {
+	for i := len(b.Counts) - 1; i >= 0; i-- {
+		if b.Counts[i] > a.Counts[i] {
+			return b.Buckets[i+1] * 1e6
+		}
+	}
+	return 0
+}

@@ -1,0 +1,512 @@
+package kvlayer
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"slices"
+	"sync/atomic"
+
+	"github.com/kvof/kvof/uring"
+)
+
+// reclaimOne makes one segment of d free, if one is wanted; false if not, or if there is none.
+func (d *device) reclaimOne() bool {
+	p := d.p
+	p.mu.Lock()
+	asks := p.asks
+	g, all, again := d.victim()
+	if g == nil {
+		if again {
+			p.mu.Unlock()
+			return true
+		}
+		if d.stuck < asks {
+			d.stuck = asks
+			p.notify()
+		}
+		p.mu.Unlock()
+		return false
+	}
+	s := g.store
+	o := s.o
+	p.mu.Unlock()
+	err := d.reclaim(g, s, o, all)
+	if err == nil {
+		s.c.cleaned.Add(1)
+		return true
+	}
+	if !errors.Is(err, errFull) && !errors.Is(err, ErrClosed) {
+		p.log.Error("cannot reclaim a segment", "member", d.member, "offset", g.off, "error", err)
+	}
+	p.mu.Lock()
+	d.stuck = asks
+	p.notify()
+	p.mu.Unlock()
+	return false
+}
+
+// victim chooses a segment to reclaim, and tells whether all that lives in it is to
+// be kept. In this order: one in which nothing lives; one of a store that is over its
+// quota; when segments run short, one of the store furthest above its share, or of one that
+// waits for room itself; when there are none, the one with least in it that cleaning makes
+// room from; or again: an open segment was ended, which is to be sealed first. Under Pool.mu.
+func (d *device) victim() (v *segment, all, again bool) {
+	p := d.p
+	d.busy = false
+	oldest := make(map[*Store]*segment)
+	var least *segment
+	free := len(d.free)
+	for i := range d.segs {
+		g := &d.segs[i]
+		switch {
+		case g.state == segmentDraining:
+			free++
+			d.busy = true
+		case g.writers > 0 || g.state == segmentFull:
+			d.busy = true
+		case g.state != segmentSealed:
+		case g.live.Load() == 0:
+			return g, true, false
+		default:
+			if o := oldest[g.store]; o == nil || g.before(o) {
+				oldest[g.store] = g
+			}
+			if least == nil || g.live.Load() < least.live.Load() {
+				least = g
+			}
+		}
+	}
+	for _, s := range p.stores {
+		slack := min(2*p.super.segSize, s.o.Quota/8)
+		if s.o.Quota == 0 || s.o.Eviction == EvictNever {
+			continue
+		}
+		if g := oldest[s]; g != nil && s.used.Load() > s.o.Quota-slack {
+			return g, false, false
+		}
+		if s.waiting > 0 && s.used.Load() > s.o.Quota-slack && !s.sealed() {
+			again = d.retireOpen(s) || again
+		}
+	}
+	if again {
+		return nil, false, true
+	}
+	d.urgent = free < d.low() || d.urgent && free < d.high()
+	if !d.urgent {
+		return nil, false, false
+	}
+	over := int64(0)
+	for s, g := range oldest {
+		if x := s.used.Load() - s.o.Share; s.o.Eviction != EvictNever && x >= g.live.Load() && (v == nil || x > over) {
+			v, over = g, x
+		}
+	}
+	if v != nil {
+		return v, false, false
+	}
+	if d.want == 0 || free > d.reserve() {
+		return nil, false, false
+	}
+	for s, g := range oldest {
+		if s.waiting > 0 && s.o.Eviction != EvictNever {
+			return g, false, false
+		}
+	}
+	if least != nil && free > 0 && least.live.Load()+d.want <= p.usable() {
+		return least, true, false
+	}
+	// Last, what is in the open segments of those who may evict, or is dead in them.
+	for _, s := range p.stores {
+		for _, g := range d.open[s.tenant] {
+			if g == nil || g.tail == block {
+				continue
+			}
+			evict := s.o.Eviction != EvictNever && (s.used.Load()-s.o.Share >= g.live.Load() || s.waiting > 0)
+			if evict || free > 0 && g.live.Load()+d.want <= p.usable() && !g.fits(d.want) {
+				d.retire(g)
+				return nil, false, true
+			}
+		}
+	}
+	return nil, false, false
+}
+
+// before orders the segments of a store by when they are reclaimed: the oldest
+// first; under S3-FIFO those of new values while they have more than a tenth.
+func (g *segment) before(o *segment) bool {
+	if g.store.o.Eviction == EvictS3FIFO && g.class != o.class {
+		small := g.store.small.Load()*10 > g.store.held.Load()
+		return (g.class == classNew) == small
+	}
+	return g.gen < o.gen
+}
+
+// sealed tells that s has something to reclaim on some device. Under Pool.mu.
+func (s *Store) sealed() bool {
+	for _, d := range s.p.devs {
+		for i := range d.segs {
+			if g := &d.segs[i]; g.store == s && (g.state == segmentSealed || g.state == segmentFull) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// retireOpen ends the segments that s writes to on d. Under Pool.mu.
+func (d *device) retireOpen(s *Store) (some bool) {
+	for _, g := range d.open[s.tenant] {
+		if g != nil && g.live.Load() > 0 {
+			d.retire(g)
+			some = true
+		}
+	}
+	return some
+}
+
+// move is a record on its way out of a segment being reclaimed.
+type move struct {
+	e  entry
+	to place
+}
+
+// cancel gives up a copy: no recovery may take it for a value.
+func (m *move) cancel(sl *slot, s *Store) error {
+	g := m.to.seg
+	dead := record{kind: recordDead, part: m.e.part(), key: m.e.key(), off: m.to.off, gen: m.to.gen, seq: m.e.seq(), size: m.e.size()}
+	err := g.writeRecord(sl, dead, nil)
+	g.meta.Lock()
+	g.log = slices.DeleteFunc(g.log, func(r record) bool { return r.off == m.to.off })
+	g.meta.Unlock()
+	s.p.mu.Lock()
+	m.to.giveBack(s.span(m.e), true)
+	s.p.mu.Unlock()
+	return err
+}
+
+// eviction is a value that goes with its segment.
+type eviction struct {
+	e   entry
+	why reason
+}
+
+// reclaim makes g, which is sealed, free: it copies what is to be kept to a log of
+// the same device, marks g free on the device, and only then has the index name the
+// copies and forget the rest. The copies do not count for a recovery while g is in use.
+func (d *device) reclaim(g *segment, s *Store, o Options, all bool) (err error) {
+	p := d.p
+	sl, err := p.slot()
+	if err != nil {
+		return err
+	}
+	defer p.putSlot(sl)
+	var moves []move
+	var evicted []eviction
+	defer func() {
+		for _, m := range moves { // what is left of them could not be moved
+			err = errors.Join(err, m.cancel(sl, s))
+		}
+	}()
+
+	var live []record
+	if g.live.Load() > 0 {
+		if live, err = g.liveRecords(&sl.op, d.copy.Data); err != nil {
+			return err
+		}
+	}
+	budget := p.usable() * 3 / 4 // so that a round of reclaiming makes room, whatever has been read
+	for _, r := range live {
+		e, ok := s.index.get(r.key, r.part, 0)
+		if _, off := p.segmentOf(e.block()); !ok || e.seq() != r.seq || off != r.off || e.block() < g.base || e.block() >= g.base+p.per {
+			continue
+		}
+		c, keep := s.keeps(e, o, g)
+		if c == classHot {
+			c = d.hot()
+		}
+		if n := s.span(e); keep || all {
+			if all || e.pinned() || n <= budget {
+				m, err := d.copyOut(sl, g, s, e, c)
+				switch {
+				case err == nil:
+					budget -= n
+					moves = append(moves, m)
+					continue
+				case errors.Is(err, ErrCorrupt), errors.Is(err, uring.ErrMedia):
+					evicted = append(evicted, eviction{e, reasonCorrupt})
+					continue
+				case all:
+					return err
+				}
+			}
+		}
+		why := reasonCapacity
+		if o.TTL > 0 && age(e.seq()) > o.TTL {
+			why = reasonExpired
+		}
+		evicted = append(evicted, eviction{e, why})
+	}
+	evicted = d.unlisted(g, s, evicted, moves)
+	if len(moves) > 0 {
+		if err := d.sync(); err != nil { // the copies are durable before the originals go
+			return err
+		}
+	}
+
+	g.meta.Lock()
+	defer g.meta.Unlock()
+	canceled := false
+	for i := 0; i < len(moves); {
+		m := moves[i]
+		if now, ok := s.index.get(m.e.key(), m.e.part(), 0); ok && now.same(m.e) {
+			i++
+			continue
+		}
+		moves = slices.Delete(moves, i, i+1) // replaced or deleted meanwhile
+		canceled = true
+		if err := m.cancel(sl, s); err != nil {
+			return err
+		}
+	}
+	if canceled {
+		if err := d.sync(); err != nil { // no copy of what is gone may count
+			return err
+		}
+	}
+	if err := g.writeHeader(sl, true); err != nil {
+		return err
+	}
+	if err := d.sync(); err != nil { // it is free for good before anything is written there
+		return err
+	}
+	for _, m := range moves {
+		n := s.span(m.e)
+		moved := s.index.update(m.e, func(e *entry) {
+			e.place = uint64(m.to.block())<<sizeBits | uint64(e.size())
+			if e.meta&entryTouches != 0 { // it has been rewarded
+				if e.meta -= entryTouch; o.Eviction == EvictS3FIFO && g.class == classNew {
+					e.meta &^= entryTouches
+				}
+			}
+		})
+		p.mu.Lock()
+		if moved {
+			m.to.seg.done(n)
+			g.live.Add(-n)
+			s.c.moved.Add(uint64(n))
+		} else { // a part of a value that was replaced: without its first part it counts nowhere
+			m.to.giveBack(n, true)
+		}
+		p.mu.Unlock()
+	}
+	moves = nil
+	for _, v := range evicted {
+		if s.drop(v.e, v.why) && s.ghost != nil && o.Eviction == EvictS3FIFO && g.class == classNew {
+			s.ghost.add(s.index, v.e.key())
+		}
+	}
+	g.fence = nil
+	p.mu.Lock()
+	g.state = segmentDraining
+	s.hold(g.class, -p.super.segSize)
+	p.mu.Unlock()
+	return nil
+}
+
+// hold counts the segments that s has. Under Pool.mu.
+func (s *Store) hold(c class, n int64) {
+	s.held.Add(n)
+	if c == classNew {
+		s.small.Add(n)
+	}
+}
+
+// keeps decides about a value in a segment of class c that is reclaimed, and for
+// which class it has qualified.
+func (s *Store) keeps(e entry, o Options, g *segment) (class, bool) {
+	head, c := e, g.class
+	if e.part() > 0 { // its first part decides for all
+		var ok bool
+		if head, ok = s.index.get(e.key(), 0, 0); !ok || head.seq() != e.seq() {
+			return c, false
+		}
+		if h, _ := s.p.segmentOf(head.block()); h != g && h.class == h.dev.hot() && h.gen > g.gen { // it has been spared
+			return classHot, true
+		}
+	}
+	switch {
+	case head.pinned():
+		return classHot, true
+	case o.TTL > 0 && age(e.seq()) > o.TTL:
+		return c, false
+	}
+	switch o.Eviction {
+	case EvictClock, EvictSecondTouch:
+		return classHot, head.touches() > 0
+	case EvictS3FIFO:
+		if c == classNew {
+			return classHot, head.touches() > 1
+		}
+		return classHot, head.touches() > 0
+	}
+	return c, o.Eviction == EvictNever
+}
+
+// unlisted adds to evicted what the index has in g and its records did not show: a
+// damaged header hides a record. The index is searched only if the accounts differ.
+func (d *device) unlisted(g *segment, s *Store, evicted []eviction, moves []move) []eviction {
+	known := int64(0)
+	seen := make(map[uint64]bool, len(moves)+len(evicted)) // by block
+	mark := func(e entry) {
+		known += s.span(e)
+		seen[uint64(e.block())] = true
+	}
+	for _, m := range moves {
+		mark(m.e)
+	}
+	for _, v := range evicted {
+		mark(v.e)
+	}
+	if known < g.live.Load() {
+		s.index.each(func(es []entry) bool {
+			for _, e := range es {
+				if b := e.block(); b >= g.base && b < g.base+d.p.per && !seen[uint64(b)] {
+					evicted = append(evicted, eviction{e, reasonCorrupt})
+				}
+			}
+			return true
+		})
+	}
+	return evicted
+}
+
+// copyOut copies e's record out of g to the log of a class.
+func (d *device) copyOut(sl *slot, g *segment, s *Store, e entry, c class) (m move, err error) {
+	p := d.p
+	n := s.span(e)
+	m.e = e
+	for ok := false; !ok; {
+		p.mu.Lock()
+		m.to, ok = d.take(s, c, n)
+		p.mu.Unlock()
+		if !ok {
+			if err := d.advance(sl, s, c, n, true); err != nil {
+				return m, err
+			}
+		}
+	}
+	_, from := p.segmentOf(e.block())
+	if err = d.copyRecord(sl, g, m.to, e, from, n); err != nil {
+		p.mu.Lock()
+		m.to.giveBack(n, true)
+		p.mu.Unlock()
+	}
+	return m, err
+}
+
+// copyRecord copies the value's data as it is, its checksums go with it, and then its header.
+func (d *device) copyRecord(sl *slot, g *segment, to place, e entry, from, n int64) error {
+	p := d.p
+	for at := int64(block); at < n; {
+		step := min(n-at, max(uring.LargeBuf, int64(len(d.copy.Data))))
+		b, err := d.read(&sl.op, d.copy.Data, from+at, step)
+		if errors.Is(err, uring.ErrMedia) {
+			d.unreadable(g, e, from+at, err)
+			return err
+		} else if err != nil {
+			return err
+		}
+		if p.mem {
+			copy(d.View(to.off+at, step), b)
+		} else {
+			sl.op.Kind, sl.op.Off, sl.op.Data, sl.op.Placement = uring.OpWrite, to.off+at, b, d.placement(g.store, to.seg.class)
+			if err := d.failed(sl.op.Do(d.Device)); err != nil {
+				return err
+			}
+		}
+		at += step
+	}
+	b, err := d.read(&sl.op, sl.mem, from, block)
+	if err != nil {
+		return err
+	}
+	r, ok := parseRecord(b, p.super.seed, p.super.extent)
+	if !ok || r.off != from || r.gen != g.gen || !r.is(e) {
+		d.unreadable(g, e, from, nil)
+		return fmt.Errorf("%w: %v: header", ErrCorrupt, e.key())
+	}
+	sums := appendSums(nil, b, r, p.super.extent)
+	r.off, r.gen, r.from = to.off, to.gen, g.gen
+	if err := to.seg.writeRecord(sl, r, sums); err != nil {
+		return err
+	}
+	to.seg.meta.Lock() // counted by recoveries when g is free
+	to.seg.log = append(to.seg.log, r)
+	to.seg.meta.Unlock()
+	return nil
+}
+
+func (d *device) unreadable(g *segment, e entry, off int64, err error) {
+	g.store.c.corrupt.Add(1)
+	d.p.log.Warn("a value became unreadable", "key", e.key(), "member", d.member, "offset", off, "error", err)
+}
+
+// liveRecords returns the live records of g: from its summary, or its headers if that is damaged.
+func (g *segment) liveRecords(op *uring.Op, buf []byte) ([]record, error) {
+	g.meta.Lock()
+	defer g.meta.Unlock()
+	rs, _, ok, err := g.readSummary(op, buf)
+	if err != nil && !errors.Is(err, uring.ErrMedia) {
+		return nil, err
+	}
+	if !ok {
+		rs = rs[:0]
+		if _, err := g.scan(op, buf, func(r record) { rs = append(rs, r) }); err != nil {
+			return nil, err
+		}
+	}
+	return slices.DeleteFunc(rs, func(r record) bool { return r.kind != recordLive }), nil
+}
+
+// ghost remembers keys that have no value, of late: a table of tags in which a
+// newcomer takes the place of whatever its hash shares it with.
+type ghost struct {
+	tags []atomic.Uint32
+}
+
+// newGhost makes one for a store of some capacity in bytes: a tag for each 64 KiB.
+func newGhost(capacity int64) *ghost {
+	n := 1 << 12
+	for n < 1<<24 && int64(n) < capacity>>16 {
+		n *= 2
+	}
+	return &ghost{make([]atomic.Uint32, n)}
+}
+
+func (h *ghost) tag(x *index, k Key) (*atomic.Uint32, uint32) {
+	hi, lo := k.words()
+	hash := x.hash(hi, lo, uint64(k.n))
+	return &h.tags[hash%uint64(len(h.tags))], cmp.Or(uint32(hash>>32), 1)
+}
+
+func (h *ghost) add(x *index, k Key) {
+	at, tag := h.tag(x, k)
+	at.Store(tag)
+}
+
+// take tells that k is known, and forgets it.
+func (h *ghost) take(x *index, k Key) bool {
+	at, tag := h.tag(x, k)
+	return at.CompareAndSwap(tag, 0)
+}
+
+// seen tells that k is known, and learns it if not.
+func (h *ghost) seen(x *index, k Key) bool {
+	at, tag := h.tag(x, k)
+	if at.Load() == tag {
+		return true
+	}
+	at.Store(tag)
+	return false
+}
