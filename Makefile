@@ -7,7 +7,7 @@ KERNELS := 6.1 latest arm64
 # For each fuzz target, in executions.
 FUZZTIME := 10000x
 
-.PHONY: build build-arm64 shim run test lint unit fuzz vuln systemd vm bench fmt clean
+.PHONY: build build-arm64 shim nixl-plugin wheel shim-test run test lint unit fuzz vuln systemd vm bench fmt clean
 .NOTPARALLEL: # the tests measure time: one kind at a time
 
 build:
@@ -25,6 +25,23 @@ shim:
 	CGO_ENABLED=1 go build -buildmode=c-shared -ldflags='-checklinkname=0 -s -w -extldflags=-Wl,-soname,libkvof.so' -o bin/libkvof.so ./shim/c
 	@rm -f bin/libkvof.h # Go writes one: kvof.h is the interface
 	@cp shim/c/kvof.h bin/
+
+# NIXL's plugin, in a folder that NIXL_PLUGIN_DIR can name, under its name and as the OBJ backend: docs/nixl.md.
+nixl-plugin: shim
+	@mkdir -p bin/nixl
+	$(CXX) -std=c++17 -O2 -fPIC -shared -fvisibility=hidden -Wall -Wextra -Werror -Wno-unused-parameter -Ishim/c shim/nixl/plugin.cpp \
+		-o bin/nixl/libplugin_KVOF.so -Lbin -lkvof -Wl,--no-undefined '-Wl,-rpath,$$ORIGIN:$$ORIGIN/..'
+	@ln -sf libplugin_KVOF.so bin/nixl/libplugin_OBJ.so
+
+# The Python package with the library in it: docs/python.md. bin/kvof-*.whl.
+wheel: shim
+	@cp bin/libkvof.so shim/python/kvof/
+	python3 -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir bin shim/python; status=$$?; \
+		rm -rf shim/python/kvof/libkvof.so shim/python/build shim/python/*.egg-info; exit $$status
+
+# The engines' adapters and the NIXL plugin with the real engines: LMCache, SGLang, vLLM, NIXL. Installs them the first time, 7 GB.
+shim-test: build nixl-plugin
+	@python=$$(shim/python/tests/venv.sh) && timeout -k 10 $(VM_LIMIT) $$python -m pytest -q shim/python/tests
 
 run: build
 	@echo 'Serving in this terminal until Ctrl-C. In a second one, in this folder:'

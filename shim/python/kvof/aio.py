@@ -7,13 +7,17 @@ from .client import Batch, Client, Kind, Options
 
 
 class AsyncClient:
-    """AsyncClient("tcp://..."), made inside a running event loop, belongs to that loop. Misses are as in Client."""
+    """Made by `await AsyncClient.open(options)`; it belongs to the running event loop. Misses are as in Client."""
 
-    def __init__(self, options: Options | str, *, wait: bool = False):
-        self.client = Client(options, wait=wait)
-        self._queue = self.client.queue()
+    def __init__(self, client: Client):
+        self.client = client
+        self._queue = client.queue()
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._queue.fileno(), self._ready)
+
+    @classmethod
+    async def open(cls, options: Options | str, *, wait: bool = True) -> "AsyncClient":
+        return cls(await asyncio.to_thread(Client, options, wait=wait))
 
     def _ready(self) -> None:
         for batch in self._queue.poll():
@@ -45,5 +49,5 @@ class AsyncClient:
     async def close(self) -> None:
         """Ends what is in flight, with misses."""
         self._loop.remove_reader(self._queue.fileno())
-        await self._loop.run_in_executor(None, self.client.close)
+        await asyncio.to_thread(self.client.close)
         self._ready()

@@ -102,6 +102,12 @@ class Batch:
         self.ok, self.run, self.bytes = c.ok, c.run, c.bytes
         self._finish()
 
+    @classmethod
+    def _failed(cls, kind: int, keys: Iterable[str | bytes], status: int) -> "Batch":
+        batch = cls(kind, [_encode(key) for key in keys], None)
+        batch._fail(status)
+        return batch
+
     def _fail(self, status: int) -> None:
         self.statuses = [int(status)] * self.count
         self.sizes = [0] * self.count if self.kind == Kind.GET else []
@@ -352,13 +358,14 @@ class Client:
         """Runs a batch and waits for its end."""
         with self._lock:
             if self._handle is None:
-                batch = Batch(kind, [_encode(key) for key in keys], None)
-                batch._fail(Status.CANCELLED)
-                return batch
+                return Batch._failed(kind, keys, Status.CANCELLED)
             self._calls += 1
             q = self._free.pop() if self._free else None
         try:
-            q = q or self.queue(16)
+            try:
+                q = q or self.queue(16)
+            except KvofError as e:  # after a fork, or out of file descriptors
+                return Batch._failed(kind, keys, e.status)
             batch = q.submit(kind, keys, buffers, replace=replace)
             while not batch.done:
                 q.wait()

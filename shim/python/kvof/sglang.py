@@ -7,6 +7,7 @@
 With interface_v1 pages move between the host pool and the network without a copy, many in one batch.
 """
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -27,11 +28,7 @@ from .health import Health
 
 _log = logging.getLogger("kvof.sglang")
 
-# Members of the extra configuration that are SGLang's, not kvof.Options'.
-_SGLANG = {
-    "backend_name", "module_path", "class_name", "interface_v1", "prefetch_threshold", "prefetch_timeout_base",
-    "prefetch_timeout_per_ki_token", "hicache_storage_pass_prefix_keys", "tp_lcm_size",
-}
+_OPTIONS = {field.name for field in dataclasses.fields(Options)}
 
 
 def _bytes_of(tensor: torch.Tensor) -> Memory:
@@ -51,14 +48,14 @@ def _rank(c: HiCacheStorageConfig, sharded: bool) -> str:
 
 
 class KvofStorage(HiCacheStorage):
-    """Everything in the extra configuration that is not SGLang's goes to kvof.Options.
+    """The members of kvof.Options are given in the extra configuration, beside SGLang's own.
 
     The calls come from HiCache's own threads and wait for their answer, which comes within the time-outs of the options.
     """
 
     def __init__(self, storage_config: HiCacheStorageConfig, kwargs: Any = None):
         c = storage_config
-        options = {name: value for name, value in (c.extra_config or {}).items() if name not in _SGLANG}
+        options = {name: value for name, value in (c.extra_config or {}).items() if name in _OPTIONS}
         options.setdefault("model", c.model_name or "")
         options.setdefault("rank", _rank(c, sharded=not c.is_mla_model))
         # Mamba's state is divided between the ranks even where their KV is the same.
