@@ -97,6 +97,7 @@ func writeMetrics(b *bytes.Buffer, s target.Status) {
 	newFamily(b, "kvof_queues", "gauge", "Queue pairs of all controllers, admin queues among them.").sample(float64(queues))
 	newFamily(b, "kvof_commands_in_flight", "gauge", "Commands being processed.").sample(float64(inflight))
 
+	fabricMetrics(b, s.Fabrics)
 	newFamily(b, "kvof_arena_bytes", "gauge", "Payload buffers, in use or not.").sample(float64(s.Arena.Size))
 	f = newFamily(b, "kvof_arena_buffers", "gauge", "Payload buffers by class and state.")
 	f.sample(float64(s.Arena.Small.Used), "class", "small", "state", "used")
@@ -189,4 +190,28 @@ func processMetrics(b *bytes.Buffer) {
 	newFamily(b, "go_memstats_heap_alloc_bytes", "gauge", "Bytes of objects on the Go heap.").sample(float64(samples[0].Value.Uint64()))
 	newFamily(b, "go_memstats_sys_bytes", "gauge", "Memory that the Go runtime has mapped.").sample(float64(samples[1].Value.Uint64()))
 	newFamily(b, "go_gc_cycles_total", "counter", "Garbage collections.").sample(float64(samples[2].Value.Uint64()))
+}
+
+// fabricMetrics is for the RDMA devices in use.
+func fabricMetrics(b *bytes.Buffer, devices []target.FabricStatus) {
+	for _, m := range []struct {
+		name, kind, help string
+		of               func(*target.FabricStatus) float64
+	}{
+		{"kvof_rdma_queue_pairs", "gauge", "Queue pairs of hosts.", func(f *target.FabricStatus) float64 { return float64(f.QueuePairs) }},
+		{"kvof_rdma_registered_bytes", "gauge", "Payload memory that is registered.", func(f *target.FabricStatus) float64 { return float64(f.Registered) }},
+		{"kvof_rdma_registrations_total", "counter", "Registrations of memory.", func(f *target.FabricStatus) float64 { return float64(f.Registrations) }},
+		{"kvof_rdma_commands_total", "counter", "Command capsules taken.", func(f *target.FabricStatus) float64 { return float64(f.Commands) }},
+		{"kvof_rdma_completions_total", "counter", "Completions polled.", func(f *target.FabricStatus) float64 { return float64(f.Completions) }},
+		{"kvof_rdma_turns_total", "counter", "Calls to the device by its lanes.", func(f *target.FabricStatus) float64 { return float64(f.Turns) }},
+		{"kvof_rdma_sleeps_total", "counter", "Times that a lane waited for an interrupt.", func(f *target.FabricStatus) float64 { return float64(f.Sleeps) }},
+	} {
+		if len(devices) == 0 {
+			return
+		}
+		f := newFamily(b, m.name, m.kind, m.help)
+		for i := range devices {
+			f.sample(m.of(&devices[i]), "device", devices[i].Device)
+		}
+	}
 }

@@ -41,11 +41,16 @@ func summary(c *configs.Config) string {
 		namespaces += len(s.Namespaces)
 	}
 	parts := []string{plural(len(c.Subsystems), "subsystem"), plural(namespaces, "namespace")}
-	var io []netip.AddrPort
+	var tcp, rdma []netip.AddrPort
 	for _, l := range c.Listeners {
-		io = append(io, l.Address)
+		if l.Transport == configs.TransportRDMA {
+			rdma = append(rdma, l.Address)
+		} else {
+			tcp = append(tcp, l.Address)
+		}
 	}
-	parts = append(parts, addresses("I/O on", io)...)
+	parts = append(parts, addresses("I/O on", tcp)...)
+	parts = append(parts, addresses("RDMA on", rdma)...)
 	parts = append(parts, addresses("discovery on", c.Discovery.Addresses)...)
 	return strings.Join(parts, ", ")
 }
