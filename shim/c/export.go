@@ -78,8 +78,11 @@ func kvofgo_close(handle C.uintptr_t) {
 }
 
 //export kvofgo_register
-func kvofgo_register(handle, addr C.uintptr_t, size C.uint64_t, dmabuf C.uint32_t, errbuf *C.char) C.int {
-	err := clientOf(handle).Register(uintptr(addr), uintptr(size), dmabuf != 0)
+func kvofgo_register(handle C.uintptr_t, addr unsafe.Pointer, size C.uint64_t, dmabuf C.uint32_t, errbuf *C.char) C.int {
+	if uintptr(addr)+uintptr(size) < uintptr(addr) || int64(size) < 0 {
+		return fail(errbuf, C.KVOF_INVALID, errors.New("the region does not fit into memory"))
+	}
+	err := clientOf(handle).Register(memory(addr, uint64(size)), dmabuf != 0)
 	switch {
 	case errors.Is(err, client.ErrUnsupported):
 		return fail(errbuf, C.KVOF_UNSUPPORTED, err)
@@ -90,8 +93,8 @@ func kvofgo_register(handle, addr C.uintptr_t, size C.uint64_t, dmabuf C.uint32_
 }
 
 //export kvofgo_unregister
-func kvofgo_unregister(handle, addr C.uintptr_t, errbuf *C.char) C.int {
-	if err := clientOf(handle).Unregister(uintptr(addr)); err != nil {
+func kvofgo_unregister(handle C.uintptr_t, addr unsafe.Pointer, errbuf *C.char) C.int {
+	if err := clientOf(handle).Unregister((*byte)(addr)); err != nil {
 		return fail(errbuf, C.KVOF_INVALID, err)
 	}
 	return C.KVOF_OK

@@ -111,16 +111,16 @@ int kvof_register(kvof_client *c, const struct kvof_region *region) {
 	if (!c || !region || region->size < offsetof(struct kvof_region, dmabuf_fd))
 		return fail(KVOF_INVALID, "client and region are not NULL, and size is that of struct kvof_region");
 	memcpy(&r, region, region->size < sizeof r ? region->size : sizeof r);
-	if (r.flags & ~(KVOF_READ | KVOF_WRITE))
-		return fail(KVOF_INVALID, "unknown flag");
-	return kvofgo_register(c->handle, (uintptr_t)r.addr, r.len, r.dmabuf, last_error);
+	if (!r.addr || (r.flags & ~(KVOF_READ | KVOF_WRITE)))
+		return fail(KVOF_INVALID, "no address, or an unknown flag");
+	return kvofgo_register(c->handle, r.addr, r.len, r.dmabuf, last_error);
 }
 
 int kvof_unregister(kvof_client *c, void *addr) {
 	CHECK_FORK();
 	if (!c)
 		return fail(KVOF_INVALID, "client is NULL");
-	return kvofgo_unregister(c->handle, (uintptr_t)addr, last_error);
+	return kvofgo_unregister(c->handle, addr, last_error);
 }
 
 int kvof_queue_open(kvof_client *c, uint32_t depth, kvof_queue **out) {

@@ -5,11 +5,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"iter"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
+	"unsafe"
 
 	"github.com/kvof/kvof/nvmeof"
 	"github.com/kvof/kvof/shim/keys"
@@ -90,7 +92,7 @@ type Client struct {
 	mu      sync.Mutex
 	fixed   []targetSpec
 	sources []*source
-	regions map[uintptr]uintptr // registered memory: address to length
+	regions [][]byte // registered memory
 }
 
 // Open makes a client and waits until every target that is known has a path, for at most ConnectTimeout; it fails if none has by then.
@@ -102,7 +104,7 @@ func Open(o Options) (*Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &Client{opts: o, scheme: keys.NewScheme(o.Scope, o.HashAll), idle: make(chan struct{}, 1), news: make(chan struct{}, 1), regions: map[uintptr]uintptr{}}
+	c := &Client{opts: o, scheme: keys.NewScheme(o.Scope, o.HashAll), idle: make(chan struct{}, 1), news: make(chan struct{}, 1)}
 	c.ctx, c.cancel = context.WithCancelCause(context.Background())
 	c.links, c.unlink = context.WithCancel(context.Background())
 	c.data.client, c.data.timeout = c, o.Timeout
@@ -369,37 +371,64 @@ func (c *Client) Close() {
 	c.wg.Wait()
 }
 
-// Register notes memory that operations will use. TCP needs nothing done to it.
-func (c *Client) Register(addr, size uintptr, dmabuf bool) error {
+// Register prepares memory, which is not Go's, for the operations that will use it: over RDMA with all devices in use, now and after every
+// reconnect. Over TCP there is nothing to prepare. Registering the same region twice does nothing.
+func (c *Client) Register(b []byte, dmabuf bool) error {
 	if dmabuf {
 		return ErrUnsupported
 	}
-	if addr == 0 || size == 0 || addr+size < addr {
+	if len(b) == 0 {
 		return errors.New("the region has no memory")
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for a, n := range c.regions {
-		if addr < a+n && a < addr+size {
-			if a == addr && n == size {
+	first := uintptr(unsafe.Pointer(&b[0]))
+	for _, r := range c.regions {
+		if at := uintptr(unsafe.Pointer(&r[0])); first < at+uintptr(len(r)) && at < first+uintptr(len(b)) {
+			if at == first && len(r) == len(b) {
 				return nil
 			}
 			return errors.New("the region overlaps another one")
 		}
 	}
-	c.regions[addr] = size
+	for l := range c.connections() {
+		if err := l.ctrl.Register(b); err != nil {
+			for l := range c.connections() {
+				l.ctrl.Unregister(b)
+			}
+			return err
+		}
+	}
+	c.regions = append(c.regions, b)
 	return nil
 }
 
-// Unregister ends a registration.
-func (c *Client) Unregister(addr uintptr) error {
+// Unregister ends the registration of the region with this first byte.
+func (c *Client) Unregister(first *byte) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if _, ok := c.regions[addr]; !ok {
+	i := slices.IndexFunc(c.regions, func(r []byte) bool { return &r[0] == first })
+	if i < 0 {
 		return errors.New("no region begins at this address")
 	}
-	delete(c.regions, addr)
+	for l := range c.connections() {
+		l.ctrl.Unregister(c.regions[i])
+	}
+	c.regions = slices.Delete(c.regions, i, i+1)
 	return nil
+}
+
+// connections are those that work; the caller holds the mutex, so that none is added meanwhile.
+func (c *Client) connections() iter.Seq[*connection] {
+	return func(yield func(*connection) bool) {
+		for _, t := range *c.set.Load() {
+			for _, p := range *t.paths.Load() {
+				if l := p.live.Load(); l != nil && !yield(l) {
+					return
+				}
+			}
+		}
+	}
 }
 
 type counters struct {

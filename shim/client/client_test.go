@@ -570,18 +570,19 @@ func TestOpen(t *testing.T) {
 	if n := part.Counters(); n.TargetsUp != 1 || n.Targets != 2 {
 		t.Errorf("%+v", n)
 	}
-	if err := part.Register(0x1000, 0x1000, false); err != nil {
+	mem := make([]byte, 0x3000)
+	if err := part.Register(mem[0x1000:0x2000], false); err != nil {
 		t.Error(err)
 	}
-	for _, r := range [][2]uintptr{{0x1fff, 2}, {0x800, 0x801}, {0x1100, 4}, {0, 5}, {5, 0}, {^uintptr(0), 2}} {
-		if part.Register(r[0], r[1], false) == nil {
+	for _, r := range [][2]int{{0x1fff, 0x2001}, {0x800, 0x1001}, {0x1100, 0x1104}, {0x1000, 0x1fff}, {5, 5}} {
+		if part.Register(mem[r[0]:r[1]], false) == nil {
 			t.Errorf("%x was registered", r)
 		}
 	}
-	if err := errors.Join(part.Register(0x1000, 0x1000, false), part.Register(0x2000, 1, false), part.Unregister(0x1000), part.Register(0x1fff, 1, false)); err != nil {
+	if err := errors.Join(part.Register(mem[0x1000:0x2000], false), part.Register(mem[0x2000:], false), part.Unregister(&mem[0x1000]), part.Register(mem[0x1fff:0x2000], false)); err != nil {
 		t.Error(err)
 	}
-	if part.Unregister(0x1000) == nil || part.Register(0x9000, 1, true) != ErrUnsupported {
+	if part.Unregister(&mem[0x1000]) == nil || part.Register(mem[:1], true) != ErrUnsupported {
 		t.Error("unknown memory was accepted")
 	}
 }

@@ -9,6 +9,7 @@ import (
 
 	"github.com/kvof/kvof/host"
 	"github.com/kvof/kvof/nvmeof"
+	"github.com/kvof/kvof/rdma"
 )
 
 // source is discovery controllers, of which one at a time tells which targets there are.
@@ -89,6 +90,12 @@ func (s *source) follow(ctx context.Context, addr string) error {
 	}
 }
 
+// haveRDMA tells whether this machine has RDMA at all, and the library was built with it.
+var haveRDMA = sync.OnceValue(func() bool {
+	_, err := rdma.System()
+	return err == nil
+})
+
 // targets makes targets of discovery records: one for each subsystem, with a path for each of its records.
 func (s *source) targets(entries []nvmeof.DiscoveryEntry) (all []targetSpec) {
 	index := map[string]int{}
@@ -96,8 +103,13 @@ func (s *source) targets(entries []nvmeof.DiscoveryEntry) (all []targetSpec) {
 		if e.SubType != nvmeof.SubtypeNVM || s.spec.nqn != "" && e.SubNQN != s.spec.nqn || nvmeof.CheckNQN(e.SubNQN) != nil {
 			continue
 		}
-		p := pathSpec{transport: schemeTCP, addr: net.JoinHostPort(e.TRAddr, e.TRSVCID), nqn: e.SubNQN, nsid: s.spec.nsid}
-		if e.TRType != nvmeof.TRTypeTCP {
+		p := pathSpec{addr: net.JoinHostPort(e.TRAddr, e.TRSVCID), nqn: e.SubNQN, nsid: s.spec.nsid}
+		switch {
+		case e.TRType == nvmeof.TRTypeTCP:
+			p.transport = schemeTCP
+		case e.TRType == nvmeof.TRTypeRDMA && haveRDMA():
+			p.transport = schemeRDMA
+		default:
 			continue
 		}
 		i, ok := index[e.SubNQN]

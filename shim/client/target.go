@@ -2,6 +2,7 @@ package client
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -54,6 +55,7 @@ func (t *target) up() (n int) {
 }
 
 // pick returns the path that works with the least in flight, in turns among equals, but not one that was tried; nil if there is none.
+// RDMA goes before TCP.
 func (t *target) pick(tried *path) (best *path, live *connection) {
 	paths := *t.paths.Load()
 	if len(paths) == 0 {
@@ -62,7 +64,7 @@ func (t *target) pick(tried *path) (best *path, live *connection) {
 	first := int(t.next.Add(1)) % len(paths)
 	for i := range paths {
 		p := paths[(first+i)%len(paths)]
-		if l := p.live.Load(); l != nil && p != tried && (best == nil || p.load.Load() < best.load.Load()) {
+		if l := p.live.Load(); l != nil && p != tried && (best == nil || p.better(best)) {
 			best, live = p, l
 		}
 	}
@@ -238,6 +240,13 @@ type connection struct {
 	lost chan struct{}
 }
 
+func (p *path) better(o *path) bool {
+	if p.spec.transport != o.spec.transport {
+		return p.spec.transport == schemeRDMA
+	}
+	return p.load.Load() < o.load.Load()
+}
+
 func (p *path) note(err error) {
 	p.mu.Lock()
 	p.err, p.since = err, time.Now()
@@ -265,8 +274,7 @@ func (p *path) run(ctx context.Context) {
 				c.changed()
 			}
 		} else {
-			p.note(nil)
-			p.live.Store(l)
+			p.note(p.begin(l))
 			c.counters.connects.Add(1)
 			c.changed()
 			select {
@@ -291,12 +299,26 @@ func (p *path) run(ctx context.Context) {
 	}
 }
 
+// begin makes a connection known, with the memory that is registered. An error does not keep it from working.
+func (p *path) begin(l *connection) error {
+	c := p.target.client
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var errs []error
+	for _, r := range c.regions {
+		errs = append(errs, l.ctrl.Register(r))
+	}
+	p.live.Store(l)
+	return errors.Join(errs...)
+}
+
 func (p *path) connect(ctx context.Context) (*connection, error) {
 	o := &p.target.client.opts
 	ctx, cancel := context.WithTimeoutCause(ctx, o.ConnectTimeout, fmt.Errorf("%s did not answer within %v", p.spec.addr, o.ConnectTimeout))
 	defer cancel()
+	tcp := p.spec.transport == schemeTCP // only it has digests
 	ctrl, err := host.Connect(ctx, host.Options{Transport: p.spec.transport, Addr: p.spec.addr, SubNQN: p.spec.nqn, HostNQN: o.HostNQN, KATO: o.KeepAlive,
-		QueueDepth: o.QueueDepth, IOQueues: o.IOQueues, HeaderDigest: o.HeaderDigest, DataDigest: o.DataDigest, DialTimeout: o.ConnectTimeout})
+		QueueDepth: o.QueueDepth, IOQueues: o.IOQueues, HeaderDigest: o.HeaderDigest && tcp, DataDigest: o.DataDigest && tcp, DialTimeout: o.ConnectTimeout})
 	if err != nil {
 		return nil, err
 	}
