@@ -10,23 +10,18 @@ import (
 	"github.com/kvof/kvof/uring"
 )
 
-// reclaimOne makes one segment of d free, if one is wanted; false if not, or if there is none.
-func (d *device) reclaimOne() bool {
+// reclaimOne makes one segment of d free, if one is wanted; false if not, or if there is none, which
+// it tells those who asked.
+func (d *device) reclaimOne(asks uint64) bool {
 	p := d.p
 	p.mu.Lock()
-	asks := p.asks
 	g, all, again := d.victim()
 	if g == nil {
-		if again {
-			p.mu.Unlock()
-			return true
-		}
-		if d.stuck < asks {
-			d.stuck = asks
-			p.notify()
-		}
 		p.mu.Unlock()
-		return false
+		if !again {
+			d.giveUp(asks)
+		}
+		return again
 	}
 	s := g.store
 	o := s.o
@@ -39,10 +34,7 @@ func (d *device) reclaimOne() bool {
 	if !errors.Is(err, errFull) && !errors.Is(err, ErrClosed) {
 		p.log.Error("cannot reclaim a segment", "member", d.member, "offset", g.off, "error", err)
 	}
-	p.mu.Lock()
-	d.stuck = asks
-	p.notify()
-	p.mu.Unlock()
+	d.giveUp(asks)
 	return false
 }
 

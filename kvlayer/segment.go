@@ -148,8 +148,7 @@ func (d *device) advance(sl *slot, s *Store, c class, n int64, reclaiming bool) 
 	defer d.alloc.Unlock()
 	p := d.p
 	p.mu.Lock()
-	old := d.open[s.tenant][c]
-	if old != nil && old.fits(n) {
+	if old := d.open[s.tenant][c]; old != nil && old.fits(n) {
 		p.mu.Unlock()
 		return nil
 	}
@@ -179,7 +178,7 @@ func (d *device) advance(sl *slot, s *Store, c class, n int64, reclaiming bool) 
 		d.free = append(d.free, g)
 		return fmt.Errorf("kvlayer: open a segment: %w", err)
 	}
-	if old != nil {
+	if old := d.open[s.tenant][c]; old != nil { // the keeper may have ended it meanwhile
 		d.retire(old)
 	}
 	s.hold(c, p.super.segSize)
@@ -333,12 +332,21 @@ func (p *Pool) away(d *device) {
 	}
 }
 
+// giveUp tells those who asked for room before that there is no more as things are.
+func (d *device) giveUp(asks uint64) {
+	d.p.mu.Lock()
+	d.stuck = asks
+	d.p.notify()
+	d.p.mu.Unlock()
+}
+
 // step does one piece of the keeper's work; false if there is none.
 func (d *device) step(op *uring.Op) bool {
 	p := d.p
 	var full *segment
 	freed := false
 	p.mu.Lock()
+	asks := p.asks
 	for i := range d.segs {
 		switch g := &d.segs[i]; {
 		case g.state == segmentFull && g.writers == 0 && full == nil:
@@ -356,9 +364,10 @@ func (d *device) step(op *uring.Op) bool {
 	if full != nil {
 		if err := full.seal(op); err != nil {
 			p.log.Error("cannot seal a segment", "member", d.member, "offset", full.off, "error", err)
+			d.giveUp(asks)
 			return false
 		}
 		return true
 	}
-	return d.reclaimOne()
+	return d.reclaimOne(asks)
 }

@@ -434,7 +434,7 @@ func (w *Writer) Commit() error {
 	case w.done != w.size:
 		err = errShort
 	case w.n == 0:
-		w.s.c.skipped.Add(1)
+		err = w.s.skip(w)
 	default:
 		if err = w.s.commit(w); err == nil {
 			w.s.c.stores.Add(1)
@@ -443,6 +443,16 @@ func (w *Writer) Commit() error {
 		}
 	}
 	w.Abort()
+	return err
+}
+
+// skip ends a Store whose value is not kept: what was stored meanwhile is replaced by nothing.
+func (s *Store) skip(w *Writer) error {
+	if _, exists := s.lookup(w.key, 0); exists && w.mode == StoreIfAbsent {
+		return ErrExists
+	}
+	s.c.skipped.Add(1)
+	_, err := s.erase(w.key, nil, reasonReplace)
 	return err
 }
 
