@@ -3,6 +3,7 @@ package rdma
 import (
 	"errors"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -53,9 +54,10 @@ type lane struct {
 // shard is a completion queue and a shared receive queue. Queue pairs are placed on a shard that has room for all that
 // they may have under way, so that neither queue can overflow or run dry.
 type shard struct {
-	cq   rdma.CQ
-	srq  *receives // nil on devices without
-	room int       // completions not spoken for
+	cq    rdma.CQ
+	srq   *receives // nil on devices without
+	room  int       // completions not spoken for
+	users int       // queue pairs
 }
 
 func newLane(d *device) (*lane, error) {
@@ -72,9 +74,13 @@ func newLane(d *device) (*lane, error) {
 func (l *lane) place(receives, sends int) (*shard, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for _, s := range l.shards {
-		if s.room >= receives+sends && (s.srq == nil || s.srq.reserve(receives) == nil) {
+	at := len(l.shards)
+	for i, s := range l.shards {
+		if s == nil {
+			at = i
+		} else if s.room >= receives+sends && (s.srq == nil || s.srq.reserve(receives) == nil) {
 			s.room -= receives + sends
+			s.users++
 			return s, nil
 		}
 	}
@@ -85,7 +91,7 @@ func (l *lane) place(receives, sends int) (*shard, error) {
 		if err != nil {
 			return nil, err
 		}
-		s.srq = newReceives(l.dev, srq, depth, len(l.shards))
+		s.srq = newReceives(l.dev, srq, depth, at)
 		s.room -= pollBatch
 	}
 	cq, err := l.ch.NewCQ(s.room)
@@ -99,23 +105,54 @@ func (l *lane) place(receives, sends int) (*shard, error) {
 		return nil, errors.Join(err, s.close())
 	}
 	s.room -= receives + sends
-	l.shards = append(l.shards, s)
+	s.users++
+	if at == len(l.shards) {
+		l.shards = append(l.shards, nil)
+	}
+	l.shards[at] = s
 	return s, nil
 }
 
 var errNoRoom = errors.New("the device's queues have no room")
 
-// leave gives the place of a queue pair back.
+// leave gives the place of a queue pair back. The last one leaves the shard to be closed, unless it is the only one.
 func (l *lane) leave(s *shard, receives, sends int) {
 	if s.srq != nil {
 		s.srq.release(receives)
 	}
 	l.mu.Lock()
+	defer l.mu.Unlock()
 	s.room += receives + sends
-	l.mu.Unlock()
+	if s.users--; s.users > 0 {
+		return
+	}
+	others := 0
+	for _, o := range l.shards {
+		if o != nil && o != s {
+			others++
+		}
+	}
+	if i := slices.Index(l.shards, s); others > 0 {
+		l.shards[i] = nil
+		l.order(func() {
+			if err := s.close(); err != nil {
+				l.dev.tr.log.Warn("closing the queues of an RDMA device", "device", l.dev.dev.Name(), "error", err)
+			}
+		})
+	}
+}
+
+// order has the lane's goroutine do something between two turns; nil ends it. The caller holds mu.
+func (l *lane) order(f func()) {
+	l.todo = append(l.todo, f)
+	l.ordered.Store(true)
+	l.ch.Wake()
 }
 
 func (s *shard) close() error {
+	if s == nil {
+		return nil
+	}
 	var errs []error
 	if s.cq != nil {
 		errs = append(errs, s.cq.Close())
@@ -131,7 +168,7 @@ func (l *lane) reserved() (n int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, s := range l.shards {
-		if s.srq != nil {
+		if s != nil && s.srq != nil {
 			n += s.srq.promised()
 		}
 	}
@@ -164,20 +201,16 @@ func (l *lane) remove(c *conn) {
 	l.connsMu.Unlock()
 	gone := make(chan struct{})
 	l.mu.Lock()
-	l.todo = append(l.todo, func() { close(gone) })
-	l.ordered.Store(true)
+	l.order(func() { close(gone) })
 	l.mu.Unlock()
-	l.ch.Wake()
 	<-gone
 }
 
 // close ends the lane, which has no queue pair any more.
 func (l *lane) close() error {
 	l.mu.Lock()
-	l.todo = append(l.todo, nil)
-	l.ordered.Store(true)
+	l.order(nil)
 	l.mu.Unlock()
-	l.ch.Wake()
 	<-l.done
 	var errs []error
 	for _, s := range l.shards {
@@ -348,7 +381,9 @@ func (l *lane) handle(wc *rdma.WC) {
 	from, slot := (*receives)(nil), uint32(wc.ID)
 	if wc.ID&idOwnRecv == 0 {
 		l.mu.Lock()
-		from = l.shards[wc.ID>>32&0xFFFF].srq
+		if s := l.shards[wc.ID>>32&0xFFFF]; s != nil {
+			from = s.srq
+		}
 		l.mu.Unlock()
 	} else if c != nil {
 		from = c.recvs

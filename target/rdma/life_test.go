@@ -321,4 +321,12 @@ func TestBurst(t *testing.T) {
 	if s.QueuePairs != n || s.Receives != n*hostDepth {
 		t.Errorf("%+v", s)
 	}
+	e.target.Drain(0)
+	e.quiet(0)
+	eventually(t, func() error {
+		if now := e.transport.Status()[0]; now.Memory > s.Memory/4 {
+			return fmt.Errorf("%d MiB of control memory, and %d with hosts", now.Memory>>20, s.Memory>>20)
+		}
+		return nil
+	})
 }
