@@ -46,9 +46,9 @@ type transport interface {
 
 func newTransport(o *Options) (transport, error) {
 	switch o.Transport {
-	case "tcp":
+	case TCP:
 		return tcpTransport{o}, nil
-	case "rdma":
+	case RDMA:
 		return newRDMA(o)
 	}
 	return nil, fmt.Errorf("transport %q is not supported", o.Transport)

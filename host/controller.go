@@ -1,6 +1,7 @@
 package host
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -19,7 +20,7 @@ import (
 
 // Options say how to connect. The zero value of each field but Addr gives a sensible default.
 type Options struct {
-	Transport    string        // "tcp", the default, or "rdma"
+	Transport    string        // [TCP], the default, or [RDMA]
 	Addr         string        // host:port
 	SubNQN       string        // the subsystem; the discovery subsystem by default
 	HostNQN      string        // [DefaultHost]'s by default
@@ -44,6 +45,12 @@ type Options struct {
 	OnEvent func(dw0 uint32)
 }
 
+// Transports.
+const (
+	TCP  = "tcp"
+	RDMA = "rdma"
+)
+
 const (
 	defaultKATO   = 15 * time.Second
 	defaultDepth  = 128
@@ -56,9 +63,7 @@ const (
 )
 
 func (o *Options) setDefaults() error {
-	if o.Transport == "" {
-		o.Transport = "tcp"
-	}
+	o.Transport = cmp.Or(o.Transport, TCP)
 	if o.SubNQN == "" {
 		o.SubNQN = nvmeof.DiscoveryNQN
 	}

@@ -1,20 +1,24 @@
 package host
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"net"
 
 	"github.com/kvof/kvof/nvmeof"
+	"github.com/kvof/kvof/rdma"
 )
 
 // DiscoverOptions say how [Discover] works.
 type DiscoverOptions struct {
-	HostNQN                  string // as in [Options]
+	Transport                string // as in [Options], like what follows
+	HostNQN                  string
 	HostID                   [16]byte
 	HeaderDigest, DataDigest bool
-	Referrals                bool // also ask the discovery controllers that the log refers to
+	Verbs                    rdma.Verbs
+	Referrals                bool // also ask the discovery controllers that the log refers to, over any transport
 }
 
 const (
@@ -26,12 +30,14 @@ const (
 // Discover returns the records of the discovery log at addr (host:port). With referrals followed, it returns the
 // records of all logs reached, each once; a referral that does not answer is left as its record, without an error.
 func Discover(ctx context.Context, addr string, o DiscoverOptions) ([]nvmeof.DiscoveryEntry, error) {
+	o.Transport = cmp.Or(o.Transport, TCP)
 	entries, err := discover(ctx, addr, o)
 	if err != nil || !o.Referrals {
 		return entries, err
 	}
 	seen := map[nvmeof.DiscoveryEntry]bool{}
-	visited := map[string]bool{addr: true}
+	type place struct{ transport, addr string }
+	visited := map[place]bool{{o.Transport, addr}: true}
 	var all []nvmeof.DiscoveryEntry
 	for queue := [][]nvmeof.DiscoveryEntry{entries}; len(queue) > 0; queue = queue[1:] {
 		for _, e := range queue[0] {
@@ -40,12 +46,17 @@ func Discover(ctx context.Context, addr string, o DiscoverOptions) ([]nvmeof.Dis
 			}
 			seen[e] = true
 			all = append(all, e)
-			a := net.JoinHostPort(e.TRAddr, e.TRSVCID)
-			if e.SubType != nvmeof.SubtypeReferral || e.TRType != nvmeof.TRTypeTCP || visited[a] || len(visited) > maxReferrals {
+			p := place{Transport(&e), net.JoinHostPort(e.TRAddr, e.TRSVCID)}
+			if e.SubType != nvmeof.SubtypeReferral || p.transport == "" || visited[p] || len(visited) > maxReferrals {
 				continue
 			}
-			visited[a] = true
-			if more, err := discover(ctx, a, o); err == nil {
+			visited[p] = true
+			o := o
+			o.Transport = p.transport
+			if p.transport != TCP {
+				o.HeaderDigest, o.DataDigest = false, false
+			}
+			if more, err := discover(ctx, p.addr, o); err == nil {
 				queue = append(queue, more)
 			} else if ctx.Err() != nil {
 				return nil, context.Cause(ctx)
@@ -55,8 +66,19 @@ func Discover(ctx context.Context, addr string, o DiscoverOptions) ([]nvmeof.Dis
 	return all, nil
 }
 
+// Transport is the transport that a discovery record names, as in [Options]; "" for one that this package does not know.
+func Transport(e *nvmeof.DiscoveryEntry) string {
+	switch e.TRType {
+	case nvmeof.TRTypeTCP:
+		return TCP
+	case nvmeof.TRTypeRDMA:
+		return RDMA
+	}
+	return ""
+}
+
 func discover(ctx context.Context, addr string, o DiscoverOptions) ([]nvmeof.DiscoveryEntry, error) {
-	c, err := Connect(ctx, Options{Addr: addr, HostNQN: o.HostNQN, HostID: o.HostID, HeaderDigest: o.HeaderDigest, DataDigest: o.DataDigest, KATO: -1})
+	c, err := Connect(ctx, Options{Transport: o.Transport, Addr: addr, HostNQN: o.HostNQN, HostID: o.HostID, HeaderDigest: o.HeaderDigest, DataDigest: o.DataDigest, Verbs: o.Verbs, KATO: -1})
 	if err != nil {
 		return nil, err
 	}

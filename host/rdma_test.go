@@ -442,22 +442,24 @@ func TestRDMAReconnect(t *testing.T) {
 // the connection.
 func TestRDMACancel(t *testing.T) {
 	f, _ := newFakeRDMA(t, rdmatest.DefaultCaps())
-	held := make(chan func(), 1)
+	held := make(chan chan bool)
 	f.kv["k"] = random(100000)
 	f.intercept = func(c *fakeConn, cmd *nvmeof.Command) bool {
 		if c.qid == 0 || cmd.Opcode() != nvmeof.OpRetrieve {
 			return false
 		}
-		cid, n := cmd.CID(), int(cmd.KVSize())
-		held <- func() {
-			c.rdma.write(cid, c.kv["k"][:n])
-			c.reply(cid, uint32(len(c.kv["k"])), 0, 0)
+		release := make(chan bool)
+		held <- release
+		select {
+		case <-release:
+			return false
+		case <-t.Context().Done():
+			return true
 		}
-		return true
 	}
 	c := connect(t, f, Options{QueueDepth: 2})
 	kv := openKV(t, c)
-	try := func(n int, after func(release func())) error {
+	try := func(n int, after func(release chan bool)) error {
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error)
 		buf := make([]byte, n)
@@ -476,16 +478,16 @@ func TestRDMACancel(t *testing.T) {
 		return err
 	}
 	for range 5 { // more than there are slots
-		var release func()
-		if err := try(100, func(r func()) { release = r }); err != context.Canceled {
+		var release chan bool
+		if err := try(100, func(r chan bool) { release = r }); err != context.Canceled {
 			t.Error(err)
 		}
-		release()
+		close(release)
 	}
-	if err := try(100000, func(release func()) { time.Sleep(10 * time.Millisecond); release() }); err != nil {
+	if err := try(100000, func(release chan bool) { time.Sleep(10 * time.Millisecond); close(release) }); err != nil {
 		t.Error(err)
 	}
-	if err := try(100000, func(func()) {}); !errors.Is(err, ErrConnectionLost) || !errors.Is(err, ErrOutcomeUnknown) {
+	if err := try(100000, func(chan bool) {}); !errors.Is(err, ErrConnectionLost) || !errors.Is(err, ErrOutcomeUnknown) {
 		t.Error(err)
 	}
 	<-c.Done()

@@ -135,6 +135,11 @@ func (b *bench) run(ctx context.Context) (err error) {
 	workers := make([]*benchWorker, b.c.depth*b.connections)
 	for i := range workers {
 		workers[i] = b.worker(i)
+		if ctrl, ok := path.(*host.Controller); ok {
+			if err := ctrl.Register(workers[i].buf); err != nil {
+				return err
+			}
+		}
 	}
 	defer context.AfterFunc(ctx, func() {
 		b.stop.Store(true)
@@ -258,8 +263,13 @@ func (b *bench) together(workers []*benchWorker, do func(*benchWorker) error) er
 
 func (w *benchWorker) prepare(i int64) error {
 	err := w.do(doWrite, i)
-	if errors.Is(err, nvmeof.CapacityExceeded) {
-		return fmt.Errorf("the namespace has no room for %d keys of %v: use fewer --keys", w.units, &w.size)
+	return w.roomError(err)
+}
+
+// roomError says what a full namespace means, which refuses new values or evicts old ones.
+func (b *bench) roomError(err error) error {
+	if errors.Is(err, nvmeof.CapacityExceeded) || errors.Is(err, nvmeof.KeyDoesNotExist) {
+		return fmt.Errorf("the namespace has no room for %d keys of %v: use fewer --keys", b.units, &b.size)
 	}
 	return err
 }
@@ -384,7 +394,7 @@ func (w *benchWorker) read(ctx context.Context, i int64) error {
 	if err == nil && n != len(w.buf) {
 		err = fmt.Errorf("value of %s has %d bytes, not %d", w.unitKey(i), n, len(w.buf))
 	}
-	return err
+	return w.roomError(err)
 }
 
 // check verifies a unit that was read: a generation from low to high, whole.
@@ -436,15 +446,17 @@ type benchRow struct {
 	Max   float64 `json:"max_us"`
 }
 
-func (b *bench) report(workers []*benchWorker, elapsed time.Duration, cpu time.Duration) error {
-	row := func(h *hdrhistogram.Histogram, bytes int64) benchRow {
-		s, us := elapsed.Seconds(), 1e-3
-		return benchRow{
-			Count: h.TotalCount(), MBps: float64(h.TotalCount()*bytes) / s / 1e6, IOPS: float64(h.TotalCount()) / s,
-			Avg: h.Mean() * us, P50: float64(h.ValueAtQuantile(50)) * us, P99: float64(h.ValueAtQuantile(99)) * us,
-			P999: float64(h.ValueAtQuantile(99.9)) * us, Max: float64(h.Max()) * us,
-		}
+// newBenchRow describes operations that each moved so many bytes.
+func newBenchRow(h *hdrhistogram.Histogram, bytes int64, elapsed time.Duration) benchRow {
+	s, us := elapsed.Seconds(), 1e-3
+	return benchRow{
+		Count: h.TotalCount(), MBps: float64(h.TotalCount()*bytes) / s / 1e6, IOPS: float64(h.TotalCount()) / s,
+		Avg: h.Mean() * us, P50: float64(h.ValueAtQuantile(50)) * us, P99: float64(h.ValueAtQuantile(99)) * us,
+		P999: float64(h.ValueAtQuantile(99.9)) * us, Max: float64(h.Max()) * us,
 	}
+}
+
+func (b *bench) report(workers []*benchWorker, elapsed time.Duration, cpu time.Duration) error {
 	out := benchJSON{Type: b.kind, Op: b.op, Size: int64(b.size), Depth: b.c.depth, Connections: b.connections,
 		Seconds: elapsed.Seconds(), CPUSeconds: cpu.Seconds(), Verified: b.verify,
 		Digests: map[string]bool{"header": b.c.headerDigest, "data": b.c.dataDigest}, Operations: map[string]*benchRow{}}
@@ -473,11 +485,11 @@ func (b *bench) report(workers []*benchWorker, elapsed time.Duration, cpu time.D
 		}
 		moved += sum.TotalCount() * bytes
 		total.Merge(sum)
-		r := row(sum, bytes)
+		r := newBenchRow(sum, bytes, elapsed)
 		out.Operations[name] = &r
 		line(name, r)
 	}
-	out.Total = row(total, 0)
+	out.Total = newBenchRow(total, 0, elapsed)
 	out.Total.MBps = float64(moved) / elapsed.Seconds() / 1e6
 	if len(out.Operations) > 1 {
 		line("total", out.Total)

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 	"unicode"
 	"unicode/utf8"
 
@@ -35,6 +36,7 @@ type client struct {
 	nsid                     uint32
 	headerDigest, dataDigest bool
 	depth, queues            int
+	reconnect                time.Duration
 	json                     bool
 }
 
@@ -47,8 +49,9 @@ func newClient(cmd *cobra.Command, depthFlag string, depth int) *client {
 	f.Uint32Var(&c.nsid, "namespace", 0, "`NSID` (default: the only one of the kind needed)")
 	f.IntVar(&c.depth, depthFlag, depth, "commands in flight on each connection")
 	f.IntVar(&c.queues, "queues", 1, "connections, one I/O queue each")
+	f.DurationVar(&c.reconnect, "reconnect", 10*time.Second, "for how long to try again when a connection is lost; 0 = not")
 	f.StringVarP(&c.device, "device", "d", "", "a Key Value namespace that this machine's kernel has attached, instead: `/dev/ngXnY`, its subsystem's NQN, or its NGUID")
-	for _, other := range []string{"address", "transport", "nqn", "queues", depthFlag, "hostnqn", "header-digest", "data-digest"} {
+	for _, other := range []string{"address", "transport", "nqn", "queues", depthFlag, "reconnect", "hostnqn", "header-digest", "data-digest"} {
 		cmd.MarkFlagsMutuallyExclusive("device", other)
 	}
 	return c
@@ -62,7 +65,7 @@ func (c *client) addressFlags() {
 	}
 	f := c.cmd.Flags()
 	f.StringVarP(&c.address, "address", "a", address, "`HOST:PORT` of a discovery controller or an I/O port; also in KVOF_ADDRESS")
-	f.StringVarP(&c.transport, "transport", "t", "tcp", "transport; only tcp yet")
+	f.StringVarP(&c.transport, "transport", "t", host.TCP, "tcp or rdma")
 	f.StringVar(&c.hostNQN, "hostnqn", "", "this host's `NQN` (default: /etc/nvme/hostnqn, else one made from the machine id)")
 	f.BoolVar(&c.headerDigest, "header-digest", false, "protect PDU headers with CRC32C")
 	f.BoolVar(&c.dataDigest, "data-digest", false, "protect data with CRC32C")
@@ -71,13 +74,13 @@ func (c *client) addressFlags() {
 
 // discover asks the discovery controller at the address.
 func (c *client) discover(ctx context.Context, referrals bool) ([]nvmeof.DiscoveryEntry, error) {
-	if c.transport != "tcp" {
-		return nil, usageError{fmt.Errorf("transport %q is not supported, only tcp is", c.transport)}
+	if c.transport != host.TCP && c.transport != host.RDMA {
+		return nil, usageError{fmt.Errorf("transport %q is neither tcp nor rdma", c.transport)}
 	}
 	if _, _, err := net.SplitHostPort(c.address); err != nil {
 		return nil, usageError{fmt.Errorf("address %q is not HOST:PORT", c.address)}
 	}
-	entries, err := host.Discover(ctx, c.address, host.DiscoverOptions{HostNQN: c.hostNQN, HeaderDigest: c.headerDigest, DataDigest: c.dataDigest, Referrals: referrals})
+	entries, err := host.Discover(ctx, c.address, host.DiscoverOptions{Transport: c.transport, HostNQN: c.hostNQN, HeaderDigest: c.headerDigest, DataDigest: c.dataDigest, Referrals: referrals})
 	if errors.Is(err, syscall.ECONNREFUSED) {
 		return nil, fmt.Errorf("nothing listens on %s: start a target (kvof serve), or name another address with --address or KVOF_ADDRESS", c.address)
 	}
@@ -99,14 +102,14 @@ func (c *client) connect(ctx context.Context) (*host.Controller, error) {
 		return nil, err
 	}
 	return host.Connect(ctx, host.Options{Transport: c.transport, Addr: addr, SubNQN: nqn, HostNQN: c.hostNQN,
-		HeaderDigest: c.headerDigest, DataDigest: c.dataDigest, QueueDepth: c.depth, IOQueues: c.queues})
+		HeaderDigest: c.headerDigest, DataDigest: c.dataDigest, QueueDepth: c.depth, IOQueues: c.queues, Reconnect: c.reconnect})
 }
 
 // choose picks the address and NQN of the subsystem wanted from discovery records.
 func (c *client) choose(entries []nvmeof.DiscoveryEntry) (addr, nqn string, err error) {
 	var names []string
 	for _, e := range entries {
-		if e.TRType != nvmeof.TRTypeTCP || e.SubType != nvmeof.SubtypeNVM || c.nqn != "" && e.SubNQN != c.nqn {
+		if host.Transport(&e) != c.transport || e.SubType != nvmeof.SubtypeNVM || c.nqn != "" && e.SubNQN != c.nqn {
 			continue
 		}
 		if !slices.Contains(names, e.SubNQN) {
@@ -122,7 +125,7 @@ func (c *client) choose(entries []nvmeof.DiscoveryEntry) (addr, nqn string, err 
 	case c.nqn != "": // not listed, for this host or at all: the target says why
 		return c.address, c.nqn, nil
 	case len(names) == 0:
-		return "", "", fmt.Errorf("discovery at %s shows no subsystem over TCP for this host", c.address)
+		return "", "", fmt.Errorf("discovery at %s shows no subsystem over %s for this host", c.address, c.transport)
 	}
 	return "", "", usageError{fmt.Errorf("choose a subsystem with --nqn:\n  %s", strings.Join(names, "\n  "))}
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"archive/tar"
 	"bytes"
+	"cmp"
 	"encoding/hex"
 	"errors"
 	"io"
@@ -10,6 +11,7 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/kvof/kvof/host"
 	"github.com/kvof/kvof/nvmeof"
 )
 
@@ -57,15 +59,18 @@ func TestChoose(t *testing.T) {
 		nqn, address string
 		entries      []nvmeof.DiscoveryEntry
 		addr, name   string
+		transport    string
 	}{
-		{"", "x:1", two[:2], "[::1]:1", "nqn.a"},
-		{"", "[::1]:2", two[:2], "[::1]:2", "nqn.a"}, // the port that was asked
-		{"", "x:1", two, "", ""},
-		{"nqn.b", "x:1", two, "[::1]:3", "nqn.b"},
-		{"nqn.c", "x:1", two, "x:1", "nqn.c"},
-		{"", "x:1", nil, "", ""},
+		{"", "x:1", two[:2], "[::1]:1", "nqn.a", ""},
+		{"", "[::1]:2", two[:2], "[::1]:2", "nqn.a", ""}, // the port that was asked
+		{"", "x:1", two, "", "", ""},
+		{"nqn.b", "x:1", two, "[::1]:3", "nqn.b", ""},
+		{"nqn.c", "x:1", two, "x:1", "nqn.c", ""},
+		{"", "x:1", nil, "", "", ""},
+		{"", "x:1", two, "[::1]:4", "nqn.c", host.RDMA},
+		{"nqn.a", "x:1", two, "x:1", "nqn.a", host.RDMA},
 	} {
-		c := client{nqn: test.nqn, address: test.address}
+		c := client{nqn: test.nqn, address: test.address, transport: cmp.Or(test.transport, host.TCP)}
 		addr, name, err := c.choose(test.entries)
 		if addr != test.addr || name != test.name || (err == nil) != (test.name != "") {
 			t.Errorf("%+v: %s %s %v", test, addr, name, err)

@@ -33,6 +33,7 @@ allow_any_host = true
 [[subsystem.namespace]]
 nsid = 1
 type = "kv"
+max_value = "16MiB"
 device = "memory"
 size = "128MiB"
 [[subsystem.namespace]]
