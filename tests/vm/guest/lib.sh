@@ -188,10 +188,10 @@ has_controllers() { [ "$(status | jq '.controllers | length')" = "$1" ]; } # COU
 
 connect() { nvme connect -t $transport -a $ip -s $io -n "$@"; }
 
-# attach NQN PORT HOST: connects as the host with that number, beside other connections, which Debian 12's nvme-cli cannot.
+# attach NQN PORT HOST [OPTION]: connects as the host with that number, beside other connections, which Debian 12's nvme-cli cannot.
 attach() {
 	local id=00000000-0000-0000-0000-00000000000$3
-	echo "nqn=$1,transport=$transport,traddr=$ip,trsvcid=$2,hostnqn=nqn.2014-08.org.nvmexpress:uuid:$id,hostid=$id,keep_alive_tmo=30,duplicate_connect" \
+	echo "nqn=$1,transport=$transport,traddr=$ip,trsvcid=$2,hostnqn=nqn.2014-08.org.nvmexpress:uuid:$id,hostid=$id,keep_alive_tmo=30,duplicate_connect${4:+,$4}" \
 		> /dev/nvme-fabrics
 }
 

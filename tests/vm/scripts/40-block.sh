@@ -9,18 +9,18 @@ for nsid in 2 3; do
 
 	it "$name fio reads back what it wrote"
 	fio --name=random --filename="$disk" --direct=1 --ioengine=io_uring --iodepth=16 --rw=randwrite --bsrange=$lba-256k \
-		--size=48m --verify=crc32c --verify_fatal=1 --output=fio.log
-	fio --name=large --filename="$disk" --direct=1 --ioengine=io_uring --iodepth=4 --rw=write --bs=4m --size=128m \
+		--size=24m --verify=crc32c --verify_fatal=1 --output=fio.log
+	fio --name=large --filename="$disk" --direct=1 --ioengine=io_uring --iodepth=4 --rw=write --bs=4m --size=48m \
 		--verify=sha256 --verify_fatal=1 --output=fio.log
 
 	it "$name fio reads back through the generic device"
 	fio --name=passthrough --filename="${disk/nvme/ng}" --ioengine=io_uring_cmd --cmd_type=nvme --iodepth=16 \
-		--rw=randwrite --bs=16k --size=16m --verify=crc32c --verify_fatal=1 --output=fio.log
+		--rw=randwrite --bs=16k --size=8m --verify=crc32c --verify_fatal=1 --output=fio.log
 
 	it "$name a file system is made, mounted, written, trimmed and checked"
 	mkfs.ext4 -q "$disk"
 	mount -o discard "$disk" /mnt
-	head -c 64M /dev/urandom > /mnt/file
+	head -c 24M /dev/urandom > /mnt/file
 	want=$(sha256sum < /mnt/file)
 	cp /mnt/file /mnt/copy
 	rm /mnt/file

@@ -3,7 +3,7 @@ configure > kvof.toml
 start_target
 connect $disks --reconnect-delay=1 --keep-alive-tmo=5
 ctrl=$(controllers $disks) disk=$(block $disks 3) kv=$(generic $disks 1)
-head -c 1M /dev/urandom > base
+head -c 1000000 /dev/urandom > base
 
 # value I prints the value with number I.
 value() { echo "$1"; cat base; }

@@ -6,7 +6,7 @@ start_target
 cycle() {
 	local i c all
 	for ((i = 0; i < $1; i++)); do
-		for host in {0..9}; do attach $disks $io $host & done
+		for host in {0..9}; do attach $disks $io $host nr_io_queues=1 & done
 		wait $(jobs -p | grep -vx $target)
 		all=$(controllers $disks)
 		[ "$(wc -w <<< "$all")" = 10 ]
