@@ -51,7 +51,7 @@ func (s *spinner) read(b []byte) int {
 	if int(s.busy.Add(1)) > max(1, runtime.GOMAXPROCS(0)/2) {
 		return 0
 	}
-	s.b = b
+	s.b, s.n = b, 0 // a closed connection does not try
 	for start := time.Now(); ; runtime.Gosched() {
 		if s.raw.Read(s.try) != nil || s.n > 0 || time.Since(start) > spinTime {
 			s.b = nil
