@@ -36,7 +36,7 @@ nixl-plugin: shim
 # The Python package with the library in it: docs/python.md. bin/kvof-*.whl.
 wheel: shim
 	@cp bin/libkvof.so shim/python/kvof/
-	python3 -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir bin shim/python; status=$$?; \
+	python3 -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir bin --config-settings=--build-option=--plat-name=linux_$$(uname -m) shim/python; status=$$?; \
 		rm -rf shim/python/kvof/libkvof.so shim/python/build shim/python/*.egg-info; exit $$status
 
 # The engines' adapters and the NIXL plugin with the real engines: LMCache, SGLang, vLLM, NIXL. Installs them the first time, 7 GB.
@@ -52,7 +52,7 @@ run: build
 	@echo
 	@exec bin/kvof serve --config configs/embedded.toml
 
-test: lint unit fuzz vuln systemd vm
+test: lint unit fuzz vuln shim-test systemd vm
 
 lint:
 	@files=$$(gofmt -l .) && if [ -n "$$files" ]; then echo "make fmt would change: $$files"; exit 1; fi
