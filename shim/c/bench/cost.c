@@ -20,16 +20,19 @@ static void status(const char *when) {
 	char line[256];
 	printf("%-28s", when);
 	while (fgets(line, sizeof line, f)) {
-		char *v = strchr(line, ':') + 2;
+		char *v = strchr(line, ':');
+		if (!v)
+			continue; // the rest of a long line
 		v[strcspn(v, "\n")] = 0;
-		while (*v == ' ' || *v == '\t')
-			v++;
+		v += strspn(v, ": \t");
 		if (!strncmp(line, "VmSize", 6) || !strncmp(line, "VmRSS", 5) || !strncmp(line, "RssAnon", 7) || !strncmp(line, "Threads", 7) || !strncmp(line, "SigCgt", 6))
 			printf(" %.*s=%s", (int)(strchr(line, ':') - line), line, v);
 	}
 	printf("\n");
 	fclose(f);
 }
+
+static int by_value(const void *a, const void *b) { return (*(double *)a > *(double *)b) - (*(double *)a < *(double *)b); }
 
 #define TIMED(n, name, call) \
 	do { \
@@ -83,25 +86,22 @@ int main(int argc, char **argv) {
 	TIMED(300000, "kvof_counters", kvof_counters_(c, &n));
 	TIMED(300000, "kvof_key, hashed", kvof_key_(NULL, 0, names[0], 24, &key));
 	TIMED(300000, "kvof_submit + poll, invalid", (kvof_submit_(q, &b), kvof_poll_(q, &done, 1)));
-	b.ops = ops, b.count = 1;
-	double spent = 0;
-	for (int i = 0; i < 20000; i++) {
-		start = now();
-		kvof_submit_(q, &b);
-		spent += now() - start;
-		kvof_wait_(q, &done, 1, -1);
+	b.ops = ops;
+	for (b.count = 1; b.count <= COUNT; b.count = b.count == 1 ? 100 : b.count * 10) {
+		enum { ROUNDS = 3000 };
+		static double call[ROUNDS], whole[ROUNDS];
+		for (int i = 0; i < ROUNDS; i++) {
+			start = now();
+			kvof_submit_(q, &b);
+			call[i] = now() - start;
+			kvof_wait_(q, &done, 1, -1);
+			whole[i] = now() - start;
+		}
+		qsort(call, ROUNDS, sizeof *call, by_value);
+		qsort(whole, ROUNDS, sizeof *whole, by_value);
+		printf("kvof_submit, %4u exist        p50 %.1f p99 %.1f us; until its end p50 %.1f p99 %.1f us\n", b.count, call[ROUNDS / 2] / 1e3, call[ROUNDS * 99 / 100] / 1e3,
+		       whole[ROUNDS / 2] / 1e3, whole[ROUNDS * 99 / 100] / 1e3);
 	}
-	printf("%-28s %.0f ns\n", "kvof_submit, 1 exist", spent / 20000);
-	TIMED(20000, "the same until its end", (kvof_submit_(q, &b), kvof_wait_(q, &done, 1, -1)));
-	b.count = COUNT;
-	spent = 0;
-	for (int i = 0; i < 1000; i++) {
-		start = now();
-		kvof_submit_(q, &b);
-		spent += now() - start;
-		kvof_wait_(q, &done, 1, -1);
-	}
-	printf("%-28s %.0f ns\n", "kvof_submit, 1000 exist", spent / 1000);
 	status("after much work");
 	sleep(2);
 	clock_t cpu = clock();
