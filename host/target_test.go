@@ -1,0 +1,191 @@
+package host_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/kvof/kvof/configs"
+	"github.com/kvof/kvof/host"
+	"github.com/kvof/kvof/nvmeof"
+	"github.com/kvof/kvof/rdma"
+	"github.com/kvof/kvof/rdma/rdmatest"
+	"github.com/kvof/kvof/target"
+	targetrdma "github.com/kvof/kvof/target/rdma"
+	targettcp "github.com/kvof/kvof/target/tcp"
+	"github.com/kvof/kvof/uring"
+)
+
+const nqn = "nqn.2026-11.dev.kvof:test"
+
+// serveBoth starts our own target on both transports, with a Key Value and a block namespace in memory, and returns how to
+// reach it over each.
+func serveBoth(t *testing.T, caps rdma.Caps) (far *rdmatest.Device, ways map[string]host.Options) {
+	log := slog.New(slog.DiscardHandler)
+	n := rdmatest.New()
+	far = n.AddDevice("host0", netip.MustParseAddr("192.0.2.2"), caps)
+	n.AddDevice("target0", netip.MustParseAddr("192.0.2.1"), rdmatest.DefaultCaps())
+	arena, err := uring.NewArena(32 << 20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tg := target.New(arena, configs.Limits{Controllers: 100, IOQueues: 8, QueueEntries: 128}, log)
+	ns := []configs.Namespace{
+		{NSID: 1, Type: configs.KeyValue, Device: configs.DeviceMemory, Size: 512 << 20, MaxValue: configs.MaxValue},
+		{NSID: 2, Type: configs.Block, Device: configs.DeviceMemory, Size: 16 << 20, LBASize: 4096},
+	}
+	if err := tg.Apply(&configs.Config{Subsystems: []configs.Subsystem{{NQN: nqn, Serial: "1", AllowAnyHost: true, Namespaces: ns}}}); err != nil {
+		t.Fatal(err)
+	}
+	fabric := targetrdma.New(tg, n, log)
+	over, err := fabric.Listen(netip.MustParseAddrPort("192.0.2.1:4420"), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tcp := targettcp.Listen(tg, l, false, log)
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		if err := errors.Join(over.Close(ctx), tcp.Close(ctx), fabric.Close(), tg.Close(), arena.Close()); err != nil {
+			t.Error(err)
+		}
+		if f := n.Faults(); f != (rdmatest.Faults{}) {
+			t.Errorf("a device would punish %+v", f)
+		}
+	})
+	return far, map[string]host.Options{
+		"tcp":  {SubNQN: nqn, Addr: l.Addr().String()},
+		"rdma": {SubNQN: nqn, Addr: "192.0.2.1:4420", Transport: host.RDMA, Verbs: n},
+	}
+}
+
+// TestOwnTarget has both ends of ours talk over both transports: whole values in one command, also larger than one descriptor
+// describes, registered or not; what one transport stores the other reads.
+func TestOwnTarget(t *testing.T) {
+	small := rdmatest.DefaultCaps()
+	small.MaxMRSize = 8 << 20
+	for name, caps := range map[string]rdma.Caps{"default": rdmatest.DefaultCaps(), "small": small} {
+		t.Run(name, func(t *testing.T) {
+			far, ways := serveBoth(t, caps)
+			ctx := t.Context()
+			all := map[string]*host.KV{}
+			for way, o := range ways {
+				entries, err := host.Discover(ctx, o.Addr, host.DiscoverOptions{Transport: o.Transport, Verbs: o.Verbs})
+				if err != nil || len(entries) < 2 {
+					t.Fatal(way, entries, err)
+				}
+				c, err := host.Connect(ctx, o)
+				if err != nil {
+					t.Fatal(way, err)
+				}
+				t.Cleanup(func() { c.Close() })
+				if all[way], err = c.KV(ctx, 1); err != nil {
+					t.Fatal(way, err)
+				}
+				b, err := c.Block(ctx, 2)
+				if err != nil {
+					t.Fatal(way, err)
+				}
+				for _, n := range []int{1, 2, 300} {
+					v, got := fill(n*4096, 7), make([]byte, n*4096)
+					if err := errors.Join(b.Write(ctx, 5, v), b.Read(ctx, 5, got)); err != nil || !bytes.Equal(v, got) {
+						t.Fatal(way, n, err)
+					}
+				}
+			}
+			buf := make([]byte, 64<<20)
+			sizes := []int{17<<20 + 5}
+			if name == "default" {
+				sizes = []int{0, 1, 4096, 8192, 8193, 100000, 2 << 20, 16<<20 - 1, 16 << 20, 17<<20 + 5, 64 << 20}
+			}
+			for i, n := range sizes {
+				for from, kv := range all {
+					key := fmt.Appendf(nil, "%s %d", from, n)
+					v := fill(n, byte(i))
+					if err := kv.Store(ctx, key, v, host.StoreAlways); err != nil {
+						t.Fatal(from, n, err)
+					}
+					for to, kv := range all {
+						clear(buf)
+						if got, err := kv.Retrieve(ctx, key, buf[:n]); got != n || err != nil || !bytes.Equal(buf[:n], v) {
+							t.Fatal(from, to, n, got, err)
+						}
+					}
+					if err := kv.Delete(ctx, key); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			if m := all["rdma"].MaxValue(); m != 64<<20 {
+				t.Error(m)
+			}
+			if far.Registrations == 0 {
+				t.Error("the host's device was not used")
+			}
+		})
+	}
+}
+
+func fill(n int, seed byte) []byte {
+	b := make([]byte, n)
+	for i := range min(n, 4099) { // no multiple of a page or a piece
+		b[i] = byte(i*i>>3) + seed
+	}
+	for have := 4099; have < n; have *= 2 {
+		copy(b[have:], b[:have])
+	}
+	return b
+}
+
+// TestOwnTargetParallel keeps both transports busy with values of all sizes.
+func TestOwnTargetParallel(t *testing.T) {
+	_, ways := serveBoth(t, rdmatest.DefaultCaps())
+	var wg sync.WaitGroup
+	for way, o := range ways {
+		o.IOQueues, o.QueueDepth = 2, 8
+		c, err := host.Connect(t.Context(), o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		kv, err := c.KV(t.Context(), 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for g := range 16 {
+			wg.Go(func() {
+				key, buf := fmt.Appendf(nil, "%s %d", way, g), make([]byte, 1<<20)
+				if err := c.Register(buf); err != nil {
+					t.Error(err)
+				}
+				for i := range 10 {
+					v := fill(1+(g*7919+i*104729)%len(buf), byte(g+i))
+					if err := kv.Store(t.Context(), key, v, host.StoreAlways); err != nil {
+						t.Error(way, err)
+						return
+					}
+					n, err := kv.Retrieve(t.Context(), key, buf)
+					if err != nil || !bytes.Equal(buf[:n], v) {
+						t.Error(way, "value differs", n, err)
+						return
+					}
+				}
+				if err := kv.Delete(t.Context(), key); err != nil && !errors.Is(err, nvmeof.KeyDoesNotExist) {
+					t.Error(err)
+				}
+			})
+		}
+	}
+	wg.Wait()
+}
