@@ -45,8 +45,7 @@ func crash(t *testing.T, a *uring.Arena, seed uint64) (cleaned uint64) {
 	s := open(t, d, a, never)
 	for range 6 {
 		var doubt [keys][]state // what an operation under way at the crash may have left
-		d.crash = d.ops + 1 + rnd.IntN(200)
-		d.torn = rnd.Float64()
+		d.crashIn(1+rnd.IntN(200), rnd.Float64())
 		var w [3]Writer // in progress together
 		var ids [3]uint64
 		for !d.crashed() {
@@ -100,14 +99,14 @@ func crash(t *testing.T, a *uring.Arena, seed uint64) (cleaned uint64) {
 		cleaned += s.c.cleaned.Load()
 		s.Close()
 		for rnd.IntN(2) == 0 { // crash while recovering, too
-			d.crash, d.torn = d.ops+1+rnd.IntN(60), rnd.Float64()
+			d.crashIn(1+rnd.IntN(60), rnd.Float64())
 			if s, err := Open(d, a, never); err == nil {
 				s.Close()
 			} else if !d.crashed() {
 				t.Fatal(err)
 			}
 		}
-		d.crash = 0
+		d.crashIn(0, 0)
 		s = open(t, d, a, never)
 		for k := range keys {
 			got, err := get(s, key(k), MaxValue)

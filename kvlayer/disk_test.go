@@ -97,6 +97,15 @@ func (d *disk) do(o *uring.Op) error {
 	return nil
 }
 
+// crashIn has the nth op from now on be the last, of which a part is torn; 0: none.
+func (d *disk) crashIn(n int, torn float64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.crash, d.torn = d.ops+n, torn; n == 0 {
+		d.crash = 0
+	}
+}
+
 func (d *disk) crashed() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -110,7 +119,8 @@ func (d *disk) Info() uring.DeviceInfo   { return uring.DeviceInfo{Kind: "test"}
 func (d *disk) Close() error             { return nil }
 
 func TestMain(m *testing.M) {
-	waitForSpace = 2 * time.Millisecond // tests hold space of their own doing
+	waitForSpace = 20 * time.Millisecond // tests hold space of their own doing
+	maxWait = 200 * time.Millisecond     // and end devices on which nothing will ever be reclaimed
 	os.Exit(m.Run())
 }
 

@@ -235,7 +235,8 @@ func (p *Pool) Store(id uuid.UUID, o Options) (*Store, error) {
 // tenant returns tenant n, which it makes if need be. Under mu, or in recovery.
 func (p *Pool) tenant(n int) *Store {
 	for len(p.stores) <= n {
-		s := &Store{p: p, tenant: len(p.stores), index: newIndex(p.slab, p.super.extent)}
+		s := &Store{p: p, tenant: len(p.stores), index: newIndex(p.slab, p.super.extent), o: Options{Log: p.log}, since: time.Now()}
+		s.closed.Store(true)
 		p.stores = append(p.stores, s)
 		for _, d := range p.devs {
 			d.open = append(d.open, [classes]*segment{})

@@ -71,7 +71,7 @@ func (d *device) victim() (v *segment, all, again bool) {
 	}
 	for _, s := range p.stores {
 		slack := min(2*p.super.segSize, s.o.Quota/8)
-		if s.o.Quota == 0 || s.o.Eviction == EvictNever {
+		if s.o.Quota == 0 || !s.evicts() {
 			continue
 		}
 		if g := oldest[s]; g != nil && s.used.Load() > s.o.Quota-slack {
@@ -90,7 +90,7 @@ func (d *device) victim() (v *segment, all, again bool) {
 	}
 	over := int64(0)
 	for s, g := range oldest {
-		if x := s.used.Load() - s.o.Share; s.o.Eviction != EvictNever && x >= g.live.Load() && (v == nil || x > over) {
+		if x := s.used.Load() - s.o.Share; s.evicts() && x >= g.live.Load() && (v == nil || x > over) {
 			v, over = g, x
 		}
 	}
@@ -101,7 +101,7 @@ func (d *device) victim() (v *segment, all, again bool) {
 		return nil, false, false
 	}
 	for s, g := range oldest {
-		if s.waiting > 0 && s.o.Eviction != EvictNever {
+		if s.waiting > 0 && s.evicts() {
 			return g, false, false
 		}
 	}
@@ -114,7 +114,7 @@ func (d *device) victim() (v *segment, all, again bool) {
 			if g == nil || g.tail == block {
 				continue
 			}
-			evict := s.o.Eviction != EvictNever && (s.used.Load()-s.o.Share >= g.live.Load() || s.waiting > 0)
+			evict := s.evicts() && (s.used.Load()-s.o.Share >= g.live.Load() || s.waiting > 0)
 			if evict || free > 0 && g.live.Load()+d.want <= p.usable() && !g.fits(d.want) {
 				d.retire(g)
 				return nil, false, true
@@ -267,10 +267,10 @@ func (d *device) reclaim(g *segment, s *Store, o Options, all bool) (err error) 
 		}
 	}
 	if err := g.writeHeader(sl, true); err != nil {
-		return err
+		return errors.Join(err, g.writeHeader(sl, false))
 	}
-	if err := d.sync(); err != nil { // it is free for good before anything is written there
-		return err
+	if err := d.sync(); err != nil { // it is free for good before anything is written there; there is no way back
+		p.log.Error("cannot flush", "member", d.member, "error", err)
 	}
 	for _, m := range moves {
 		n := s.span(m.e)

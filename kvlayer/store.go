@@ -78,8 +78,9 @@ type Store struct {
 	index  *index
 	own    bool // the pool ends with the store
 
-	o        Options // under Pool.mu until attached
-	attached bool    // under Pool.mu
+	o        Options   // under Pool.mu until attached
+	attached bool      // under Pool.mu
+	since    time.Time // when it was not attached any more
 	maxValue int64
 	closed   atomic.Bool
 	ghost    *ghost
@@ -132,6 +133,15 @@ func (s *Store) attach(o Options) {
 	}
 }
 
+// evicts tells that values of s may go to make room. Those of a store that nobody
+// opens may, too, but not before there was time to open it. Under Pool.mu.
+func (s *Store) evicts() bool {
+	if !s.attached {
+		return time.Since(s.since) > time.Minute
+	}
+	return s.o.Eviction != EvictNever
+}
+
 // Close ends the service: Writers are aborted and Readers closed before, by their
 // owners; other calls fail with ErrClosed from here on. Its values stay, without a
 // guaranteed share, until it is opened again.
@@ -144,7 +154,7 @@ func (s *Store) Close() error {
 	}
 	err := s.p.flushAll()
 	s.p.mu.Lock()
-	s.attached = false
+	s.attached, s.since = false, time.Now()
 	s.o = Options{Log: s.p.log}
 	s.p.mu.Unlock()
 	return err
