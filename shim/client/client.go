@@ -14,6 +14,7 @@ import (
 	"unsafe"
 
 	"github.com/kvof/kvof/nvmeof"
+	"github.com/kvof/kvof/rdma"
 	"github.com/kvof/kvof/shim/keys"
 )
 
@@ -35,6 +36,8 @@ type Options struct {
 	IOQueues       int           // connections of a path; 1
 	QueueDepth     int           // commands in flight on one; 128, at most 1023
 	MaxOps         int           // operations in flight; 65536
+
+	verbs rdma.Verbs // for tests: nil is the system's
 }
 
 func (o *Options) setDefaults() error {

@@ -587,6 +587,56 @@ func TestOpen(t *testing.T) {
 	}
 }
 
+// TestRDMA moves values over RDMA, from and to memory that is registered and memory that is not, and goes on over TCP without it.
+func TestRDMA(t *testing.T) {
+	s := targettest.Serve(t, targettest.Options{RDMA: true})
+	c := open(t, Options{Targets: urlOf(s) + "|rdma://" + s.RDMA + "/" + s.NQN, DataDigest: true, verbs: s.Verbs})
+	v := random(3<<20 + 100)
+	in, out := bytes.Clone(v), make([]byte, len(v)+1000)
+	if err := c.Register(in, false); err != nil {
+		t.Fatal(err)
+	}
+	for i, key := range []string{short, long} {
+		for j, cut := range []int{0, 1, 100_000, 2 << 20} {
+			name := fmt.Sprint(key[i:], j)
+			if key == short {
+				name = fmt.Sprint("key", j)
+			}
+			want(t, do(t, c, op(t, c, Put, name, in[:cut], in[cut:]))[0], OK, 0)
+			for range 2 {
+				clear(out)
+				want(t, do(t, c, op(t, c, Get, name, out[:cut], out[cut:len(v)]))[0], OK, uint64(len(v)))
+				if !bytes.Equal(out[:len(v)], v) {
+					t.Fatalf("%s: other bytes", name)
+				}
+				want(t, do(t, c, op(t, c, Get, name, out))[0], OK, uint64(len(v)))
+				if err := c.Register(out, false); err != nil { // the second time it is
+					t.Fatal(err)
+				}
+			}
+			if err := c.Unregister(&out[0]); err != nil {
+				t.Fatal(err)
+			}
+			want(t, do(t, c, op(t, c, ExistPrefix, name))[0], OK, 0)
+		}
+	}
+	for _, st := range s.Target.Status().Controllers { // RDMA goes before TCP
+		for _, q := range st.Queues {
+			if q.QID > 0 && q.InFlight > 0 {
+				t.Error("a command is left")
+			}
+		}
+	}
+	rdmaPath := (*(*c.set.Load())[0].paths.Load())[1]
+	if n := rdmaPath.beats.Load(); n < 8*6 {
+		t.Errorf("%d commands over RDMA", n)
+	}
+	rdmaPath.drop(rdmaPath.live.Load(), errors.New("test"))
+	want(t, do(t, c, op(t, c, Get, long[1:]+"0", out[:len(v)]))[0], OK, uint64(len(v)))
+	eventually(t, "RDMA again, with the memory registered", func() bool { return c.Counters().PathsUp == 2 })
+	want(t, do(t, c, op(t, c, Get, long[1:]+"0", out[:len(v)]))[0], OK, uint64(len(v)))
+}
+
 func TestParse(t *testing.T) {
 	const nqn = "nqn.2026-11.dev.kvof:a"
 	for in, want := range map[string]string{

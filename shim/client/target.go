@@ -318,7 +318,7 @@ func (p *path) connect(ctx context.Context) (*connection, error) {
 	defer cancel()
 	tcp := p.spec.transport == schemeTCP // only it has digests
 	ctrl, err := host.Connect(ctx, host.Options{Transport: p.spec.transport, Addr: p.spec.addr, SubNQN: p.spec.nqn, HostNQN: o.HostNQN, KATO: o.KeepAlive,
-		QueueDepth: o.QueueDepth, IOQueues: o.IOQueues, HeaderDigest: o.HeaderDigest && tcp, DataDigest: o.DataDigest && tcp, DialTimeout: o.ConnectTimeout})
+		QueueDepth: o.QueueDepth, IOQueues: o.IOQueues, HeaderDigest: o.HeaderDigest && tcp, DataDigest: o.DataDigest && tcp, DialTimeout: o.ConnectTimeout, Verbs: o.verbs})
 	if err != nil {
 		return nil, err
 	}

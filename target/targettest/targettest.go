@@ -1,16 +1,20 @@
-// Package targettest runs real targets inside the tests of what uses them: over NVMe/TCP on loopback, on memory devices.
+// Package targettest runs real targets inside the tests of what uses them, on memory devices: over NVMe/TCP on loopback, and over NVMe/RDMA
+// on devices in memory.
 package targettest
 
 import (
 	"context"
 	"log/slog"
 	"net"
+	"net/netip"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/kvof/kvof/configs"
+	"github.com/kvof/kvof/rdma/rdmatest"
 	"github.com/kvof/kvof/target"
+	targetrdma "github.com/kvof/kvof/target/rdma"
 	"github.com/kvof/kvof/target/tcp"
 	"github.com/kvof/kvof/uring"
 )
@@ -25,6 +29,7 @@ type Options struct {
 	Size      int64 // of the Key Value namespace in bytes, 256 MiB by default
 	MaxValue  int64 // in bytes, 64 MiB by default
 	Discovery bool  // the port serves the discovery subsystem alone, besides one for I/O
+	RDMA      bool  // also over RDMA
 }
 
 // Server is a running target.
@@ -33,10 +38,13 @@ type Server struct {
 	Discovery string // of the port for discovery alone, if asked for
 	NQN       string
 	Target    *target.Target
+	RDMA      string        // of RDMA, if asked for
+	Verbs     *rdmatest.Net // to be used by hosts
 
 	t         testing.TB
 	arena     *uring.Arena
-	listeners []*tcp.Listener
+	listeners []interface{ Close(context.Context) error }
+	rdma      *targetrdma.Transport
 	stop      sync.Once
 }
 
@@ -66,6 +74,9 @@ func Serve(t testing.TB, o Options) *Server {
 	s.Addr = s.listen(o.Addr, false)
 	if o.Discovery {
 		s.Discovery = s.listen("127.0.0.1:0", true)
+	}
+	if o.RDMA {
+		s.listenRDMA()
 	}
 	t.Cleanup(s.Stop)
 	return s
@@ -97,6 +108,22 @@ func (s *Server) listen(addr string, discovery bool) string {
 	return ln.Addr().String()
 }
 
+// listenRDMA makes a network of two devices, the target's and the hosts'.
+func (s *Server) listenRDMA() {
+	s.t.Helper()
+	s.Verbs = rdmatest.New()
+	addr := netip.MustParseAddrPort("192.0.2.1:4420")
+	s.Verbs.AddDevice("target0", addr.Addr(), rdmatest.DefaultCaps())
+	s.Verbs.AddDevice("host0", netip.MustParseAddr("192.0.2.2"), rdmatest.DefaultCaps())
+	s.rdma = targetrdma.New(s.Target, s.Verbs, slog.New(slog.DiscardHandler))
+	l, err := s.rdma.Listen(addr, false)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.listeners = append(s.listeners, l)
+	s.RDMA = addr.String()
+}
+
 // Stop ends the target and all its connections at once.
 func (s *Server) Stop() {
 	s.stop.Do(func() {
@@ -106,6 +133,14 @@ func (s *Server) Stop() {
 				s.t.Error(err)
 			}
 			cancel()
+		}
+		if s.rdma != nil {
+			if err := s.rdma.Close(); err != nil {
+				s.t.Error(err)
+			}
+			if f := s.Verbs.Faults(); f != (rdmatest.Faults{}) {
+				s.t.Errorf("a device would punish %+v", f)
+			}
 		}
 		if err := s.Target.Close(); err != nil {
 			s.t.Error(err)
