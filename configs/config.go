@@ -15,7 +15,9 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
+	"time"
 
 	"github.com/dustin/go-humanize"
 	"github.com/google/uuid"
@@ -37,6 +39,7 @@ type Config struct {
 	Limits     Limits      `toml:"limits"`
 	Listeners  []Listener  `toml:"listener"`
 	Discovery  Discovery   `toml:"discovery"`
+	Pools      []Pool      `toml:"pool"`
 	Subsystems []Subsystem `toml:"subsystem"`
 }
 
@@ -111,6 +114,59 @@ const (
 	DeviceMemory DeviceKind = "memory" // anonymous memory: gone when the server stops
 )
 
+// Pool is one capacity over several devices, which Key Value namespaces share.
+type Pool struct {
+	Name    string     `toml:"name"` // unique
+	Device  DeviceKind `toml:"device"`
+	Devices []string   `toml:"devices"` // paths, cleaned, of files, block devices or drives; adding one needs nothing else
+	Size    Size       `toml:"size"`    // bytes of each file; 0: all of a block device or drive
+	Poll    bool       `toml:"poll"`    // as a namespace's, on NVMe drives
+	Scrub   Size       `toml:"scrub"`   // bytes a second that are read and verified in the background; 0: none
+}
+
+// Equal tells that nothing differs.
+func (p Pool) Equal(o Pool) bool {
+	return p.Name == o.Name && p.Device == o.Device && p.Size == o.Size && p.Poll == o.Poll && p.Scrub == o.Scrub && slices.Equal(p.Devices, o.Devices)
+}
+
+// Eviction is what makes room in a full Key Value namespace.
+type Eviction string
+
+// The evictions, the default first. A namespace that does not say has EvictClock.
+const (
+	EvictClock       Eviction = "clock"        // what was not read since it was stored or last spared, oldest first
+	EvictS3FIFO      Eviction = "s3-fifo"      // as that, but new values have a tenth of the space until they are read again
+	EvictSecondTouch Eviction = "second-touch" // as clock, but only what is stored for a second time is kept
+	EvictFIFO        Eviction = "fifo"         // the oldest: no value is ever written twice
+	EvictNever       Eviction = "never"        // nothing: a full namespace refuses a Store
+)
+
+// Evictions are all of them.
+var Evictions = []Eviction{EvictClock, EvictS3FIFO, EvictSecondTouch, EvictFIFO, EvictNever}
+
+// Durability is when a Store completes.
+type Durability string
+
+const (
+	Written Durability = "written" // it survives a kill of the server; the default
+	Flushed Durability = "flushed" // it survives a power cut
+)
+
+// Duration is a length of time, written as "90s", "12h" or "1h30m".
+type Duration time.Duration
+
+func (d Duration) String() string { return time.Duration(d).String() }
+
+// UnmarshalText reads what time.ParseDuration does; a duration is not negative.
+func (d *Duration) UnmarshalText(b []byte) error {
+	v, err := time.ParseDuration(string(b))
+	if err != nil || v < 0 {
+		return fmt.Errorf("%s is not a duration: write 90s, 12h or 1h30m", strconv.Quote(string(b)))
+	}
+	*d = Duration(v)
+	return nil
+}
+
 // MaxValue is the largest value that a Key Value namespace can be configured to take, in bytes.
 const MaxValue Size = 64 << 20
 
@@ -131,6 +187,15 @@ type Namespace struct {
 	MaxValue Size   `toml:"max_value"` // bytes, at most 64 MiB
 	MaxKeys  uint32 `toml:"max_keys"`  // 0: no limit but space
 	EDNEK    bool   `toml:"ednek"`     // initial Error on Delete of Non-Existent Key (feature 20h, bit 0)
+
+	Pool       string     `toml:"pool"`       // name of the pool that has its values, in place of a device of its own
+	Eviction   Eviction   `toml:"eviction"`   // empty: EvictClock
+	Quota      Size       `toml:"quota"`      // most bytes that it takes; 0: all there are
+	Share      Size       `toml:"share"`      // bytes that no other namespace of its pool can take from it
+	TTL        Duration   `toml:"ttl"`        // values older than that are gone; 0: no limit
+	Durability Durability `toml:"durability"` // empty: Written
+	Strict     bool       `toml:"strict"`     // a damaged value is an Unrecovered Read Error until it is replaced; otherwise it is a key that does not exist
+	Scrub      Size       `toml:"scrub"`      // as a pool's, for a device of its own
 
 	// Block only.
 	LBASize Size `toml:"lba_size"` // 512 or 4096; 0: the drive's own, as a whole drive's must be

@@ -25,12 +25,18 @@ func (c *Config) defaults() {
 
 func (l *Listener) defaults() { l.Transport = TransportTCP }
 func (r *Referral) defaults() { r.Transport = TransportTCP }
+func (p *Pool) defaults()     { p.Device = DeviceFile }
 func (n *Namespace) defaults() {
 	n.Device, n.MaxValue, n.LBASize = DeviceFile, MaxValue, 4096
 }
 
 // derive fills in what follows from the rest of a checked configuration.
 func (c *Config) derive() {
+	for _, p := range c.Pools {
+		for i := range p.Devices {
+			p.Devices[i] = filepath.Clean(p.Devices[i])
+		}
+	}
 	for i := range c.Subsystems {
 		s := &c.Subsystems[i]
 		if s.Serial == "" {
@@ -58,6 +64,7 @@ const (
 	minArena      = 8 << 20
 	maxArena      = 1 << 40
 	maxCNTLIDs    = 0xffef
+	maxDevices    = 64   // of a pool, in its life: kvlayer
 	maxNSID       = 1024 // hosts walk small lists; no drive has more
 	maxSocketPath = 107  // sun_path, without its NUL
 	kvBlock       = 4096
@@ -77,13 +84,16 @@ func (d *decoder) validate(c *Config) {
 		d.port(index("discovery.referral", i), r.Transport, r.Address)
 	}
 
-	nqns, files, ids := seen{}, seen{}, seen{}
+	nqns, files, ids, pools := seen{}, seen{}, seen{}, seen{}
+	for i := range c.Pools {
+		d.pool(index("pool", i), &c.Pools[i], pools, files)
+	}
 	for i := range c.Subsystems {
 		path := index("subsystem", i)
 		d.subsystem(path, &c.Subsystems[i], nqns)
 		nsids := seen{}
 		for j := range c.Subsystems[i].Namespaces {
-			d.namespace(index(join(path, "namespace"), j), &c.Subsystems[i].Namespaces[j], nsids, files, ids)
+			d.namespace(index(join(path, "namespace"), j), &c.Subsystems[i].Namespaces[j], nsids, files, ids, pools)
 		}
 	}
 }
@@ -216,7 +226,48 @@ func validSerial(s string) bool {
 	return len(s) >= 1 && len(s) <= 20
 }
 
-func (d *decoder) namespace(path string, n *Namespace, nsids, files, ids seen) {
+// pool checks one pool.
+func (d *decoder) pool(path string, p *Pool, pools, files seen) {
+	key := func(name string) string { return join(path, name) }
+	if d.need(key("name"), p.Name == "") {
+		d.unique(pools, key("name"), p.Name)
+	}
+	if d.need(key("devices"), len(p.Devices) == 0) && len(p.Devices) > maxDevices {
+		d.errorf(key("devices"), "%s: a pool has at most %d devices", keyName(key("devices")), maxDevices)
+	}
+	for i, dev := range p.Devices {
+		d.unique(files, index(key("devices"), i), absolute(dev))
+	}
+	switch p.Device {
+	case DeviceFile:
+		d.need(key("size"), p.Size == 0)
+	case DeviceBlock, DeviceNVMe:
+	default:
+		d.errorf(key("device"), "%s: %q is not a kind of device for a pool: write file, block or nvme", keyName(key("device")), p.Device)
+	}
+	if p.Size%kvBlock != 0 {
+		d.errorf(key("size"), "%s: %d bytes is not a multiple of the block size, %d", keyName(key("size")), int64(p.Size), kvBlock)
+	}
+	if p.Device != DeviceNVMe && d.has(key("poll")) {
+		d.errorf(key("poll"), "%s means nothing for a %s device", keyName(key("poll")), p.Device)
+	}
+}
+
+// policy checks what a Key Value namespace says about its values.
+func (d *decoder) policy(path string, n *Namespace) {
+	key := func(name string) string { return join(path, name) }
+	if n.Eviction != "" && !slices.Contains(Evictions, n.Eviction) {
+		d.errorf(key("eviction"), "%s: %q is not an eviction: write clock, s3-fifo, second-touch, fifo or never", keyName(key("eviction")), n.Eviction)
+	}
+	if n.Durability != "" && n.Durability != Written && n.Durability != Flushed {
+		d.errorf(key("durability"), "%s: %q is not a durability: write written or flushed", keyName(key("durability")), n.Durability)
+	}
+	if n.Quota > 0 && n.Share > n.Quota {
+		d.errorf(key("share"), "%s: %v is more than the quota, %v", keyName(key("share")), n.Share, n.Quota)
+	}
+}
+
+func (d *decoder) namespace(path string, n *Namespace, nsids, files, ids, pools seen) {
 	key := func(name string) string { return join(path, name) }
 
 	if d.need(key("nsid"), n.NSID == 0 && !d.has(key("nsid"))) {
@@ -245,9 +296,10 @@ func (d *decoder) namespace(path string, n *Namespace, nsids, files, ids seen) {
 		unit = kvBlock
 		foreign("lba_size")
 		d.within(key("max_value"), n.MaxValue, 1, int64(MaxValue))
+		d.policy(path, n)
 	case Block:
 		unit = n.LBASize
-		foreign("max_value", "max_keys", "ednek")
+		foreign("max_value", "max_keys", "ednek", "pool", "eviction", "quota", "share", "ttl", "durability", "strict", "scrub")
 		if n.Device == DeviceNVMe && !d.has(key("lba_size")) {
 			n.LBASize, unit = 0, 1
 		} else if unit != 512 && unit != 4096 {
@@ -263,6 +315,14 @@ func (d *decoder) namespace(path string, n *Namespace, nsids, files, ids seen) {
 		d.errorf(key("size"), "%s: %d bytes is not a multiple of the block size, %d", keyName(key("size")), int64(n.Size), int64(unit))
 	}
 
+	if n.Pool != "" && n.Type == KeyValue {
+		if pools[n.Pool] == "" {
+			d.errorf(key("pool"), "%s: there is no [[pool]] with the name %q", keyName(key("pool")), n.Pool)
+		}
+		n.Device = ""
+		meaningless("namespace in a pool", "device", "path", "size", "scrub", "poll", "placement")
+		return
+	}
 	switch n.Device {
 	case DeviceFile, DeviceBlock, DeviceNVMe:
 		if d.need(key("path"), n.Path == "") {

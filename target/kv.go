@@ -121,7 +121,7 @@ func retrieve(r *Request) {
 		r.reader = new(kvlayer.Reader)
 	}
 	if err := n.store.Open(r.reader, key(c), limit); err != nil {
-		r.complete(statusOf(err), 0)
+		r.complete(n.missing(err), 0)
 		return
 	}
 	r.pinned = true
@@ -132,7 +132,7 @@ func retrieve(r *Request) {
 			break
 		}
 		if err != nil {
-			r.complete(statusOf(err), 0)
+			r.complete(n.missing(err), 0)
 			return
 		}
 		r.send(b, int64(r.Sent)+int64(len(b.Data)) == end)

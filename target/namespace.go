@@ -22,11 +22,12 @@ type namespace struct {
 	dev    uring.Device
 	drive  *uring.Drive // block only: the NVMe drive that does the commands itself; nil on other devices
 	arena  *uring.Arena
-	store  *kvlayer.Store // Key Value only
-	blocks uint64         // logical blocks; of 4096 bytes for Key Value
-	lbads  uint8          // log2 of the logical block size
-	inline bool           // commands never wait for the device: they run on the connection's reader
-	ednek  atomic.Bool    // feature 20h
+	store  *kvlayer.Store // Key Value only, as is kv, which has dev
+	kv     *storage
+	blocks uint64      // logical blocks; of 4096 bytes for Key Value
+	lbads  uint8       // log2 of the logical block size
+	inline bool        // commands never wait for the device: they run on the connection's reader
+	ednek  atomic.Bool // feature 20h
 	stats  commandStats
 	users  sync.WaitGroup // commands in flight
 	shadow shadow
@@ -37,40 +38,31 @@ type namespace struct {
 
 // openNamespace opens the device and, for a Key Value namespace, the store on it.
 func openNamespace(c configs.Namespace, arena *uring.Arena, p *pool, log *slog.Logger) (*namespace, error) {
+	if c.Type == configs.KeyValue {
+		return openKV(c, arena, p, log)
+	}
 	n := &namespace{Namespace: c, arena: arena, pool: p}
 	var err error
 	if n.dev, err = openDevice(c, arena); err != nil {
 		return nil, fmt.Errorf("namespace %d: %w", c.NSID, err)
 	}
 	if n.inline = n.dev.View(0, 1) != nil; !n.inline {
-		own := int64(1) // for Compare
-		if c.Type == configs.KeyValue {
-			own = 2 // the store's
-		}
-		if err := p.takeForGood(own); err != nil {
+		if err := p.takeForGood(1); err != nil { // for Compare
 			n.dev.Close()
 			return nil, fmt.Errorf("namespace %d: %w", c.NSID, err)
 		}
-		n.own = own
+		n.own = 1
 	}
-	lba := uint64(4096)
-	switch c.Type {
-	case configs.KeyValue:
-		n.csi = nvmeof.CSIKV
-		n.ednek.Store(c.EDNEK)
-		n.store, err = kvlayer.Open(n.dev, arena, kvlayer.Options{MaxValue: int64(c.MaxValue), MaxKeys: int(c.MaxKeys), Log: log})
-	default:
-		if d, ok := n.dev.(*uring.NVMe); ok {
-			n.drive = d.Drive()
-			c.LBASize = cmp.Or(c.LBASize, configs.Size(n.drive.LBASize))
-			if int(c.LBASize) != n.drive.LBASize {
-				err = fmt.Errorf("%s has LBAs of %d bytes: leave lba_size out, or make it that", c.Path, n.drive.LBASize)
-			}
+	if d, ok := n.dev.(*uring.NVMe); ok {
+		n.drive = d.Drive()
+		c.LBASize = cmp.Or(c.LBASize, configs.Size(n.drive.LBASize))
+		if int(c.LBASize) != n.drive.LBASize {
+			err = fmt.Errorf("%s has LBAs of %d bytes: leave lba_size out, or make it that", c.Path, n.drive.LBASize)
 		}
-		lba = uint64(c.LBASize)
-		if bs := n.dev.BlockSize(); int64(lba)%int64(bs) != 0 {
-			err = fmt.Errorf("%s needs blocks of %d bytes: lba_size = %d is too small", c.Path, bs, lba)
-		}
+	}
+	lba := uint64(c.LBASize)
+	if bs := n.dev.BlockSize(); int64(lba)%int64(bs) != 0 {
+		err = fmt.Errorf("%s needs blocks of %d bytes: lba_size = %d is too small", c.Path, bs, lba)
 	}
 	if err != nil {
 		n.dev.Close()
@@ -82,6 +74,27 @@ func openNamespace(c configs.Namespace, arena *uring.Arena, p *pool, log *slog.L
 	}
 	n.lbads = uint8(bits.TrailingZeros64(lba))
 	n.blocks = uint64(n.dev.Size()) >> n.lbads
+	return n, nil
+}
+
+// openKV opens a Key Value namespace.
+func openKV(c configs.Namespace, arena *uring.Arena, p *pool, log *slog.Logger) (*namespace, error) {
+	n := &namespace{Namespace: c, arena: arena, pool: p, csi: nvmeof.CSIKV, lbads: 12}
+	n.ednek.Store(c.EDNEK)
+	var err error
+	if n.kv, err = p.storageOf(c, arena, log); err != nil {
+		return nil, fmt.Errorf("namespace %d: %w", c.NSID, err)
+	}
+	n.dev, n.inline = n.kv.devs[0], n.kv.memory
+	if n.store, err = n.kv.pool.Store(n.kv.tenant(c), policyOf(c, log)); err != nil {
+		return nil, errors.Join(fmt.Errorf("namespace %d: %w", c.NSID, err), p.release(n.kv))
+	}
+	for _, d := range n.kv.devs {
+		n.blocks += uint64(d.Size()) >> n.lbads
+	}
+	if c.Quota > 0 {
+		n.blocks = min(n.blocks, uint64(c.Quota)>>n.lbads)
+	}
 	return n, nil
 }
 
@@ -104,14 +117,13 @@ func openDevice(c configs.Namespace, arena *uring.Arena) (uring.Device, error) {
 func (n *namespace) close() error {
 	n.users.Wait()
 	n.shadow.buf.Put()
-	var err error
 	if n.store != nil {
-		err = n.store.Close()
+		return errors.Join(n.store.Close(), n.pool.release(n.kv))
 	}
 	if n.inline {
 		n.pool.memories.remove(n.dev.View(0, n.dev.Size()))
 	}
-	err = errors.Join(err, n.dev.Close())
+	err := n.dev.Close()
 	n.pool.giveForGood(n.own)
 	return err
 }
@@ -155,6 +167,15 @@ func (n *namespace) nsattr() uint8 {
 
 // forwards tells whether the drive below does the commands of an ONCS bit itself.
 func (n *namespace) forwards(oncs uint16) bool { return n.drive != nil && n.drive.Has(oncs) }
+
+// missing is statusOf for a Retrieve: a value that is damaged or cannot be read is, where it can be made again, one that is
+// not there.
+func (n *namespace) missing(err error) nvmeof.Status {
+	if !n.Strict && (errors.Is(err, kvlayer.ErrCorrupt) || errors.Is(err, uring.ErrMedia)) {
+		err = kvlayer.ErrNotFound
+	}
+	return statusOf(err)
+}
 
 // statusOf is where the errors of store and device become NVMe statuses.
 func statusOf(err error) nvmeof.Status {

@@ -13,6 +13,7 @@ import (
 // pool promises the arena's buffers. A command is promised all that it will hold at one time before it asks its host for
 // data or reads its first byte, so nobody who holds a buffer, and no connection's reader, ever waits for another.
 type pool struct {
+	storages     storages // of Key Value namespaces
 	large, small *semaphore.Weighted
 	inline       *semaphore.Weighted // of two small buffers each, for commands whose data came in the capsule
 	spare        int64               // large buffers that namespaces may still take for good

@@ -1,6 +1,7 @@
 package target
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"unsafe"
 
 	"github.com/kvof/kvof/configs"
+	"github.com/kvof/kvof/kvlayer"
 	"github.com/kvof/kvof/nvmeof"
 	"github.com/kvof/kvof/uring"
 )
@@ -23,6 +25,7 @@ type Status struct {
 	Draining    bool               `json:"draining"`
 	Ports       []PortStatus       `json:"ports"`
 	Subsystems  []SubsystemStatus  `json:"subsystems"`        // by NQN
+	Pools       []PoolStatus       `json:"pools"`             // by name, those in use
 	Controllers []ControllerStatus `json:"controllers"`       // by CNTLID, those of the discovery subsystem among them
 	Fabrics     []FabricStatus     `json:"fabrics,omitempty"` // RDMA devices in use
 	Arena       uring.ArenaStats   `json:"arena"`
@@ -101,6 +104,21 @@ type StoreStatus struct {
 	Hits     uint64 `json:"hits"`      // of Retrieve and Exist
 	Misses   uint64 `json:"misses"`
 	Corrupt  uint64 `json:"corrupt"` // headers and pieces that failed their checksum
+
+	Pool               string            `json:"pool,omitempty"`
+	Eviction           string            `json:"eviction"`
+	Quota              int64             `json:"quota,omitempty"`
+	Share              int64             `json:"share,omitempty"`
+	Segments           map[string]int    `json:"segments"` // by state; of the whole pool
+	IndexBytes         int64             `json:"index_bytes"`
+	Written            uint64            `json:"written"` // bytes of records that Stores wrote
+	Moved              uint64            `json:"moved"`   // bytes of records that reclaiming wrote again
+	WriteAmplification float64           `json:"write_amplification"`
+	Reclaimed          uint64            `json:"reclaimed"`            // segments
+	Evictions          map[string]uint64 `json:"evictions"`            // values, by reason
+	EvictionAge        float64           `json:"eviction_age_seconds"` // of all values evicted for capacity, summed
+	NotAdmitted        uint64            `json:"not_admitted"`
+	Scrubbed           uint64            `json:"scrubbed"` // bytes verified in the background; of the whole pool
 }
 
 // CommandStats counts the commands with one opcode since the namespace was opened.
@@ -147,6 +165,8 @@ func (t *Target) Status() Status {
 	for _, sub := range t.all() {
 		s.Subsystems = append(s.Subsystems, sub.status())
 	}
+	s.Pools = t.pool.storages.status()
+	slices.SortFunc(s.Pools, func(a, b PoolStatus) int { return cmp.Compare(a.Name, b.Name) })
 	for _, k := range t.controllers() {
 		s.Controllers = append(s.Controllers, k.status())
 	}
@@ -206,7 +226,18 @@ func (n *namespace) fill(s *NamespaceStatus) {
 		names = kvCommands
 		k := n.store.Stats()
 		s.Capacity, s.Used = k.Capacity, k.Used
-		s.Store = &StoreStatus{Keys: k.Keys, MaxValue: k.MaxValue, Hits: k.Hits, Misses: k.Misses, Corrupt: k.Corrupt}
+		s.Store = &StoreStatus{Keys: k.Keys, MaxValue: k.MaxValue, Hits: k.Hits, Misses: k.Misses, Corrupt: k.Corrupt,
+			Pool: n.Pool, Eviction: string(cmp.Or(n.Eviction, configs.EvictClock)), Quota: int64(n.Quota), Share: int64(n.Share), Segments: map[string]int{},
+			IndexBytes: k.IndexBytes, Written: k.Written, Moved: k.Moved, WriteAmplification: k.WriteAmplification(), Reclaimed: k.Reclaimed,
+			Evictions: map[string]uint64{}, EvictionAge: k.EvictionAge.Seconds(), NotAdmitted: k.NotAdmitted, Scrubbed: k.Scrubbed}
+		for i, n := range k.Evictions {
+			s.Store.Evictions[kvlayer.EvictionReasons[i]] = n
+		}
+		for _, d := range n.kv.status().Devices {
+			for state, n := range d.Segments {
+				s.Store.Segments[state] += n
+			}
+		}
 	} else {
 		s.LBASize = 1 << n.lbads
 		s.Capacity = int64(n.blocks << n.lbads)

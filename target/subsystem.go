@@ -106,6 +106,24 @@ func (s *subsystem) apply(c configs.Subsystem, arena *uring.Arena, p *pool, log 
 	return changed, errors.Join(errs...)
 }
 
+// leave closes the namespaces in pools that have changed.
+func (s *subsystem) leave(changed map[string]bool) error {
+	s.mu.Lock()
+	var closing []*namespace
+	for id, n := range s.namespaces {
+		if n.Pool != "" && changed[n.Pool] {
+			delete(s.namespaces, id)
+			closing = append(closing, n)
+		}
+	}
+	s.mu.Unlock()
+	var err error
+	for _, n := range closing {
+		err = errors.Join(err, n.close())
+	}
+	return err
+}
+
 // removeAll takes all namespaces out; the caller closes them.
 func (s *subsystem) removeAll() (ns []*namespace) {
 	s.mu.Lock()

@@ -70,6 +70,10 @@ func (t *Target) AddPort(p *Port) {
 // lists, and sends hosts their events. What cannot be opened is left out and reported; the rest is served.
 func (t *Target) Apply(c *configs.Config) error {
 	var errs []error
+	for _, s := range t.all() { // pools that change are closed by all before anybody opens them again
+		errs = append(errs, s.leave(t.pool.storages.configure(c.Pools)))
+	}
+	t.pool.storages.configure(c.Pools)
 	want := map[string]configs.Subsystem{}
 	for _, s := range c.Subsystems {
 		want[s.NQN] = s
