@@ -241,7 +241,7 @@ func TestLostKills(t *testing.T) {
 	for i := range off {
 		mustPut(t, s, key(1), value(uint64(i), 1000))
 		_, off[i] = position(s, key(1))
-		live[i] = bytes.Clone(d.mem[off[i] : off[i]+block])
+		live[i] = d.clone(off[i], off[i]+block)
 		reopen() // the sequence goes on
 		for j := range i {
 			copy(d.mem[off[j]:], live[j])
@@ -270,7 +270,7 @@ func TestInterruptedReclaim(t *testing.T) {
 	if _, err := s.Delete(key(0)); err != nil {
 		t.Fatal(err)
 	}
-	header := bytes.Clone(d.mem[source.off : source.off+block])
+	header := d.clone(source.off, source.off+block)
 	mustPut(t, s, key(0), value(0, 20_000)) // cleans the segment
 	_, moved := position(s, key(1))
 	_, torn := position(s, key(2))
@@ -279,7 +279,7 @@ func TestInterruptedReclaim(t *testing.T) {
 		t.Error("the segment was not cleaned")
 	}
 	s.p.mu.Unlock()
-	mem := bytes.Clone(d.mem)
+	mem := d.clone(0, d.Size())
 	s.Close()
 	d.mem = mem
 	copy(d.mem[source.off:], header)
@@ -330,7 +330,7 @@ func TestForged(t *testing.T) {
 		if err := w.drain(); err != nil {
 			t.Fatal(err)
 		}
-		mem := bytes.Clone(d.mem)
+		mem := d.clone(0, d.Size())
 		w.Abort()
 		s.Close()
 		d.mem = mem
@@ -413,7 +413,9 @@ func TestCleanDamaged(t *testing.T) {
 		n++
 	}
 	_, off := position(s, key(1))
+	d.mu.Lock()
 	clear(d.mem[off : off+block])
+	d.mu.Unlock()
 	for i := range 5 { // all in the first segment, as 1 is
 		if _, err := s.Delete(key(2 + i)); err != nil {
 			t.Fatal(err)
@@ -441,14 +443,14 @@ func TestDeviceErrors(t *testing.T) {
 	old := value(1, 300_000)
 	mustPut(t, s, key(1), old)
 	fail := func(kind uring.OpKind, skip int) {
-		d.fail = func(o *uring.Op) error {
+		d.failing(func(o *uring.Op) error {
 			if o.Kind == kind {
 				if skip--; skip < 0 {
 					return uring.ErrMedia
 				}
 			}
 			return nil
-		}
+		})
 	}
 	for skip := range 3 { // data, data, header
 		fail(uring.OpWrite, skip)
@@ -459,7 +461,7 @@ func TestDeviceErrors(t *testing.T) {
 		if header := skip == 2; (s.p.devs[0].open[0][0].tail > before) != header {
 			t.Fatal("space in which a header may lie was given back, or other space was not")
 		}
-		d.fail = nil
+		d.failing(nil)
 		mustGet(t, s, key(1), old)
 	}
 	fail(uring.OpWrite, 0)
@@ -472,7 +474,7 @@ func TestDeviceErrors(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	d.fail = nil
+	d.failing(nil)
 	mustGet(t, s, key(1), old)
 	for s.p.devs[0].open[0][0].fits(span(200 << 10)) {
 		mustPut(t, s, key(1), value(3, 200<<10))
@@ -481,7 +483,7 @@ func TestDeviceErrors(t *testing.T) {
 	if err := put(s, key(2), value(3, 200<<10), StoreAlways); !errors.Is(err, uring.ErrMedia) {
 		t.Fatal(err)
 	}
-	d.fail = nil
+	d.failing(nil)
 	mustPut(t, s, key(1), old)
 	used := s.Stats().Used
 	s.Close()

@@ -106,6 +106,19 @@ func (d *disk) crashIn(n int, torn float64) {
 	}
 }
 
+func (d *disk) clone(from, to int64) []byte {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return bytes.Clone(d.mem[from:to])
+}
+
+// failing has ops fail as f says.
+func (d *disk) failing(f func(*uring.Op) error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.fail = f
+}
+
 func (d *disk) crashed() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()

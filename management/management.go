@@ -1,21 +1,26 @@
 // Package management is the endpoint that tells people and monitoring how a server is: HTTP on a Unix socket, and on
-// TCP where the configuration says so. It changes nothing in the server.
+// TCP where the configuration says so. Pins are all that it changes in the server, and through the socket alone.
 //
 //	GET /v1/health   200 while the process works and its devices answer, 503 otherwise
 //	GET /v1/ready    200 while all that is configured is served, 503 with the reason otherwise
 //	GET /v1/status   target.Status as JSON
 //	GET /metrics     Prometheus text format 0.0.4
+//	PUT /v1/pin?subsystem=NQN&nsid=N&key=HEX, DELETE likewise
+//	                 204: the key's value is never evicted, or again; 404 with the reason otherwise
 package management
 
 import (
 	"bytes"
+	"cmp"
 	"context"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
+	"strconv"
 	"sync/atomic"
 	"time"
 
@@ -28,6 +33,7 @@ type Source interface {
 	Status() target.Status
 	Ready() error                     // nil: all that is configured is served
 	Health(ctx context.Context) error // nil: the devices answered before ctx ended
+	Pin(nqn string, nsid uint32, key []byte, on bool) error
 }
 
 const (
@@ -129,6 +135,8 @@ func newHandler(src Source, version string) *handler {
 	h.HandleFunc("GET /v1/ready", h.ready)
 	h.HandleFunc("GET /v1/status", h.status)
 	h.HandleFunc("GET /metrics", h.metrics)
+	h.HandleFunc("PUT /v1/pin", h.pin)
+	h.HandleFunc("DELETE /v1/pin", h.pin)
 	return h
 }
 
@@ -180,6 +188,26 @@ func (h *handler) status(w http.ResponseWriter, _ *http.Request) {
 		return
 	}
 	reply(w, "application/json", append(body, '\n'))
+}
+
+// pin pins or unpins a key.
+func (h *handler) pin(w http.ResponseWriter, r *http.Request) {
+	if a, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr); !ok || a.Network() != "unix" {
+		http.Error(w, "pins are changed through the Unix socket", http.StatusForbidden)
+		return
+	}
+	q := r.URL.Query()
+	nsid, err := strconv.ParseUint(q.Get("nsid"), 10, 32)
+	key, err2 := hex.DecodeString(q.Get("key"))
+	if err = cmp.Or(err, err2); err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	if err := h.src.Pin(q.Get("subsystem"), uint32(nsid), key, r.Method == http.MethodPut); err != nil {
+		http.Error(w, err.Error(), http.StatusNotFound)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
 }
 
 func (h *handler) metrics(w http.ResponseWriter, _ *http.Request) {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -13,6 +14,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -30,8 +32,14 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 type fakeSource struct {
 	status        target.Status
 	ready, health error
+	pins          []string
+	pinErr        error
 }
 
+func (s *fakeSource) Pin(nqn string, nsid uint32, key []byte, on bool) error {
+	s.pins = append(s.pins, fmt.Sprintf("%s %d %x %v", nqn, nsid, key, on))
+	return s.pinErr
+}
 func (s *fakeSource) Status() target.Status        { return s.status }
 func (s *fakeSource) Ready() error                 { return s.ready }
 func (s *fakeSource) Health(context.Context) error { return s.health }
@@ -176,6 +184,40 @@ func dial(path string) *http.Client {
 	return &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", path)
 	}}}
+}
+
+func TestPin(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "kvof.sock")
+	src := &fakeSource{}
+	s, err := Start(configs.Management{Socket: path, Listen: netip.MustParseAddrPort("127.0.0.1:0")}, src, "v1.2.3", slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	ask := func(method, query string, want int) {
+		t.Helper()
+		req, _ := http.NewRequest(method, "http://kvof/v1/pin?"+query, nil)
+		r, err := dial(path).Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Body.Close()
+		if r.StatusCode != want {
+			t.Errorf("%s %s: %d, want %d", method, query, r.StatusCode, want)
+		}
+	}
+	ask("PUT", "subsystem=nqn.a&nsid=3&key=0aff", 204)
+	ask("DELETE", "subsystem=nqn.a&nsid=3&key=0aff", 204)
+	ask("PUT", "subsystem=nqn.a&nsid=x&key=0aff", 400)
+	ask("PUT", "subsystem=nqn.a&nsid=3&key=0", 400)
+	src.pinErr = errors.New("no such key")
+	ask("PUT", "subsystem=nqn.a&nsid=3&key=01", 404)
+	if want := []string{"nqn.a 3 0aff true", "nqn.a 3 0aff false", "nqn.a 3 01 true"}; !slices.Equal(src.pins, want) {
+		t.Errorf("%q", src.pins)
+	}
+	if code, _, _ := get(t, s.handler, "PUT", "/v1/pin?subsystem=nqn.a&nsid=3&key=01", nil); code != 403 { // not through a Unix socket
+		t.Errorf("through TCP: %d", code)
+	}
 }
 
 func TestUnixSocket(t *testing.T) {

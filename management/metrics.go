@@ -3,9 +3,11 @@ package management
 import (
 	"bytes"
 	"fmt"
+	"maps"
 	"os"
 	"runtime"
 	"runtime/metrics"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -75,6 +77,7 @@ func writeMetrics(b *bytes.Buffer, s target.Status) {
 	newFamily(b, "kvof_info", "gauge", "The server's version.").sample(1, "version", s.Version)
 	newFamily(b, "kvof_uptime_seconds", "gauge", "Time since the server started.").sample(s.Uptime)
 	namespaceMetrics(b, s)
+	storeMetrics(b, s)
 	commandMetrics(b, s)
 
 	f := newFamily(b, "kvof_controllers", "gauge", "Controllers, by subsystem.")
@@ -143,6 +146,16 @@ func namespaceMetrics(b *bytes.Buffer, s target.Status) {
 		{"kvof_hits_total", "counter", "Retrieve and Exist commands whose key was there.", func(k *target.StoreStatus) float64 { return float64(k.Hits) }},
 		{"kvof_misses_total", "counter", "Retrieve and Exist commands whose key was absent.", func(k *target.StoreStatus) float64 { return float64(k.Misses) }},
 		{"kvof_corrupt_total", "counter", "Headers and pieces of values that failed their checksum.", func(k *target.StoreStatus) float64 { return float64(k.Corrupt) }},
+		{"kvof_quota_bytes", "gauge", "The most bytes that a Key Value namespace takes; 0 for no limit.", func(k *target.StoreStatus) float64 { return float64(k.Quota) }},
+		{"kvof_share_bytes", "gauge", "The bytes that no other namespace of the pool can take.", func(k *target.StoreStatus) float64 { return float64(k.Share) }},
+		{"kvof_stored_bytes_total", "counter", "Bytes of records that Stores wrote, with headers and padding.", func(k *target.StoreStatus) float64 { return float64(k.Written) }},
+		{"kvof_moved_bytes_total", "counter", "Bytes of records that reclaiming wrote again.", func(k *target.StoreStatus) float64 { return float64(k.Moved) }},
+		{"kvof_write_amplification", "gauge", "Bytes written for each byte stored.", func(k *target.StoreStatus) float64 { return k.WriteAmplification }},
+		{"kvof_reclaimed_segments_total", "counter", "Segments made free.", func(k *target.StoreStatus) float64 { return float64(k.Reclaimed) }},
+		{"kvof_eviction_age_seconds_total", "counter", "Ages of the values evicted for capacity, summed.", func(k *target.StoreStatus) float64 { return k.EvictionAge }},
+		{"kvof_not_admitted_total", "counter", "Stores whose value was not kept, as its key was stored for the first time.", func(k *target.StoreStatus) float64 { return float64(k.NotAdmitted) }},
+		{"kvof_index_bytes", "gauge", "Memory of the index, that of the whole pool.", func(k *target.StoreStatus) float64 { return float64(k.IndexBytes) }},
+		{"kvof_scrubbed_bytes_total", "counter", "Bytes verified in the background, in the whole pool.", func(k *target.StoreStatus) float64 { return float64(k.Scrubbed) }},
 	} {
 		f := newFamily(b, m.name, m.kind, m.help)
 		served(s, func(n target.NamespaceStatus, labels ...string) {
@@ -151,6 +164,48 @@ func namespaceMetrics(b *bytes.Buffer, s target.Status) {
 			}
 		})
 	}
+}
+
+// storeMetrics are those with more labels than a namespace's.
+func storeMetrics(b *bytes.Buffer, s target.Status) {
+	for _, m := range []struct {
+		name, kind, help, label string
+		values                  func(k *target.StoreStatus) map[string]float64
+	}{
+		{"kvof_evictions_total", "counter", "Values that are gone, but were not replaced or deleted by a host, by reason.", "reason", func(k *target.StoreStatus) map[string]float64 {
+			return floats(k.Evictions)
+		}},
+		{"kvof_segments", "gauge", "Segments by state, those of the whole pool.", "state", func(k *target.StoreStatus) map[string]float64 { return floats(k.Segments) }},
+	} {
+		f := newFamily(b, m.name, m.kind, m.help)
+		served(s, func(n target.NamespaceStatus, labels ...string) {
+			if n.Store == nil {
+				return
+			}
+			values := m.values(n.Store)
+			for _, name := range slices.Sorted(maps.Keys(values)) {
+				f.sample(values[name], append(labels[:len(labels):len(labels)], m.label, name)...)
+			}
+		})
+	}
+	f := newFamily(b, "kvof_pool_device_lost", "gauge", "1 for a device of a pool that is lost.")
+	for _, p := range s.Pools {
+		for _, d := range p.Devices {
+			v := 0.0
+			if d.Lost {
+				v = 1
+			}
+			f.sample(v, "pool", p.Name, "member", strconv.Itoa(d.Member), "device", d.Device.Path)
+		}
+	}
+}
+
+func floats[V int | uint64](m map[string]V) map[string]float64 {
+	f := make(map[string]float64, len(m))
+	for k, v := range m {
+		f[k] = float64(v)
+	}
+	return f
 }
 
 func commandMetrics(b *bytes.Buffer, s target.Status) {
