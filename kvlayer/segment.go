@@ -271,9 +271,8 @@ func (g *segment) strike(sl *slot, off int64) error {
 	soff := g.off + p.super.segSize - int64(i+1)*block
 	b, err := d.read(&sl.op, sl.mem, soff, block)
 	if errors.Is(err, uring.ErrMedia) || err == nil && !buryIn(b, p.super.seed, g.gen, at) {
-		return nil // a damaged summary has recovery read the headers
-	}
-	if err != nil {
+		clear(b[:block]) // it may be whole the next time it is read: recovery is to read the headers, always
+	} else if err != nil {
 		return err
 	}
 	return d.write(&sl.op, soff, b)

@@ -125,7 +125,7 @@ func (s *Store) admit(exists bool, m Mode) (promised bool, err error) {
 var waitForSpace = 50 * time.Millisecond
 
 // maxWait is how long it waits for room that is being made.
-const maxWait = 10 * time.Second
+var maxWait = 10 * time.Second
 
 // reserve takes the space for w's parts.
 func (s *Store) reserve(w *Writer, c class) error {
@@ -506,6 +506,9 @@ func (s *Store) commit(w *Writer) error {
 		if d := w.parts[i].seg.dev; i == 0 || d != w.parts[i-1].seg.dev {
 			err = d.sync()
 		}
+	}
+	if err == nil && s.o.Flushed && old != nil && !slices.ContainsFunc(w.parts[:w.n], func(pl place) bool { return pl.seg.dev == old.dev }) {
+		err = old.dev.sync() // or the old value would be back once the new one is deleted
 	}
 	if err != nil {
 		// Whatever reached the device, the new value must not come back after
