@@ -60,12 +60,13 @@ type Op struct {
 
 	done   chan struct{}
 	err    error
-	next   *Op    // in the device's queue
-	self   [1]*Op // lets Start pass a slice without allocating one
-	pos    int64  // bytes that commands were started for
-	parts  int32  // commands in flight
-	manual bool   // a Zero done by writing zeroes
-	alone  bool   // shares no command with another
+	engine *engine // that does it, of devices that have one
+	next   *Op     // in the device's queue
+	self   [1]*Op  // lets Start pass a slice without allocating one
+	pos    int64   // bytes that commands were started for
+	parts  int32   // commands in flight
+	manual bool    // a Zero done by writing zeroes
+	alone  bool    // shares no command with another
 	busy   bool
 }
 
@@ -87,7 +88,11 @@ func (o *Op) Do(d Device) error {
 // ErrInvalid, ErrGone or ErrClosed, and the errno where the kernel gave one, or
 // the nvmeof.Status where a drive did.
 func (o *Op) Wait() error {
-	<-o.done
+	if o.engine != nil {
+		o.engine.await(o)
+	} else {
+		<-o.done
+	}
 	o.busy = false
 	return o.err
 }
@@ -101,7 +106,7 @@ func (o *Op) Begin() {
 	if o.done == nil {
 		o.done = make(chan struct{}, 1)
 	}
-	o.busy, o.err, o.next, o.pos, o.parts, o.manual, o.alone = true, nil, nil, 0, 0, false, false
+	o.busy, o.err, o.engine, o.next, o.pos, o.parts, o.manual, o.alone = true, nil, nil, nil, 0, 0, false, false
 }
 
 // Complete ends o with err. Only implementations of Device call it, once after

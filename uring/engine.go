@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"math/bits"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -38,6 +39,10 @@ type engine struct {
 	pinned pins
 	reaped chan struct{} // closed when the completion goroutine has ended
 
+	reaping atomic.Bool    // somebody takes completions: the completion goroutine, or a waiter
+	batch   [64]completion // whose memory this is
+	parked  atomic.Int32   // waiters that leave that to others; goes up with the mutex
+
 	mu         sync.Mutex
 	pending    queue    // ops with commands still to start; only the first may have some started
 	again      []uint32 // slots to submit once more
@@ -45,7 +50,7 @@ type engine struct {
 	free       []uint32 // slots to use
 	elsewhere  int      // ops in a goroutine of their own, and timers
 	submitting bool     // somebody fills entries and enters the kernel
-	asleep     bool     // the completion goroutine sleeps with no command in the ring
+	nudging    bool     // a completion is wanted that is of no command
 	closing    bool
 	down       error // what every op ends with for now, or nil
 }
@@ -160,6 +165,7 @@ func (g *engine) start(depth int) {
 func (g *engine) Submit(ops ...*Op) {
 	for _, o := range ops {
 		o.Begin()
+		o.engine = g
 	}
 	g.mu.Lock()
 	for _, o := range ops {
@@ -206,22 +212,97 @@ func (g *engine) kick() {
 		}
 	}
 	g.submitting = false
-	if round > 0 && (g.closing || g.polled && g.asleep) {
+	switch {
+	case g.closing && round > 0:
 		g.ring.wake() // what was submitted may have ended before, and rest found us here
+	case g.pending.head != nil:
+		g.notify()
 	}
 }
 
 // returned ends what elsewhere counts, and has the completion goroutine look.
 func (g *engine) returned() {
 	g.mu.Lock()
+	g.nudge()
 	g.elsewhere--
 	g.mu.Unlock()
 	g.ring.wake()
 }
 
+// await returns when o has ended. A waiter that is alone takes completions itself, and waits for them in the kernel:
+// nobody else needs to be woken for them, and the eventfd is not used. Where several wait, as in a busy server, the
+// completion goroutine does it for all, and none of them holds a thread.
+func (g *engine) await(o *Op) {
+	for len(o.done) == 0 {
+		if g.parked.Load() > 0 || !g.reaping.CompareAndSwap(false, true) {
+			g.park(o)
+			return
+		}
+		for len(o.done) == 0 {
+			if g.harvest() > 0 {
+				continue
+			}
+			if g.parked.Load() > 0 {
+				break
+			}
+			g.ring.block()
+		}
+		g.mu.Lock()
+		g.reaping.Store(false)
+		if g.closing {
+			g.ring.wake()
+		} else if g.needed() {
+			g.notify()
+		}
+		g.mu.Unlock()
+	}
+	<-o.done
+}
+
+// park waits while others take the completions.
+func (g *engine) park(o *Op) {
+	g.mu.Lock()
+	g.parked.Add(1)
+	if !g.reaping.Load() { // who does will see that we wait
+		g.notify()
+	}
+	g.mu.Unlock()
+	<-o.done
+	g.parked.Add(-1)
+}
+
+// needed tells, with the mutex, whether somebody relies on the completion goroutine.
+func (g *engine) needed() bool {
+	return g.parked.Load() > 0 || g.pending.head != nil || len(g.again) > 0 || g.closing
+}
+
+// notify has, with the mutex, the completion goroutine told of completions, those that are there among them.
+func (g *engine) notify() {
+	g.ring.hush(false)
+	if g.polled || g.ring.completed() {
+		g.ring.wake()
+	}
+}
+
+// nudge wakes, with the mutex, a waiter in the kernel whose op has ended by other ways than a completion.
+func (g *engine) nudge() {
+	if g.reaping.Load() {
+		g.nudging = true
+		g.kick()
+	}
+}
+
+const nudgeSlot = 1<<32 - 1
+
 // fill writes submission queue entries, and reports whether there is anything
 // to submit.
 func (g *engine) fill() bool {
+	if g.nudging {
+		if e := g.ring.sqe(); e != nil {
+			e.OpCode, e.UserData = giouring.OpNop, nudgeSlot
+			g.nudging = false
+		}
+	}
 	for len(g.again) > 0 || g.pending.head != nil && len(g.free) > 0 {
 		e := g.ring.sqe()
 		if e == nil {
@@ -267,30 +348,35 @@ func (g *engine) begin(s *slot) {
 // run is the completion goroutine.
 func (g *engine) run() {
 	defer close(g.reaped)
-	var batch [64]completion
 	for {
-		n := g.ring.reap(batch[:])
-		if n == 0 {
-			over, idle := g.rest()
-			switch {
-			case over:
-				return
-			case g.polled && !idle:
-				g.ring.poll()
-			default:
-				g.ring.sleep()
-			}
-			continue
+		n := 0
+		if g.reaping.CompareAndSwap(false, true) {
+			n = g.harvest()
+			g.reaping.Store(false)
 		}
-		var done queue
-		g.mu.Lock()
-		for _, c := range batch[:n] {
+		if n == 0 && g.rest() {
+			return
+		}
+	}
+}
+
+// harvest takes completions, and returns how many. Its caller has set reaping.
+func (g *engine) harvest() int {
+	n := g.ring.reap(g.batch[:])
+	if n == 0 {
+		return 0
+	}
+	var done queue
+	g.mu.Lock()
+	for _, c := range g.batch[:n] {
+		if c.slot != nudgeSlot {
 			g.take(c, &done)
 		}
-		g.kick() // continues short transfers, and fills the slots set free
-		g.mu.Unlock()
-		done.complete()
 	}
+	g.kick() // continues short transfers, and fills the slots set free
+	g.mu.Unlock()
+	done.complete()
+	return n
 }
 
 // take handles one completion; ops that end with it go to done.
@@ -370,16 +456,31 @@ func (g *engine) fail(err error) {
 	}
 	g.mu.Unlock()
 	done.complete()
+	g.mu.Lock()
+	g.nudge()
+	g.mu.Unlock()
 }
 
-// rest submits what others left. It reports whether the device is closing and
-// has nothing left to do, and whether no command is in the ring.
-func (g *engine) rest() (over, idle bool) {
+// rest submits what others left and sleeps until there is something to do. It reports whether there never will be: the
+// device is closing, and nothing is in flight.
+func (g *engine) rest() (over bool) {
 	g.mu.Lock()
-	defer g.mu.Unlock()
 	g.kick()
-	g.asleep = !g.submitting && g.ring.ready() == 0 && len(g.free) == len(g.slots)
-	return g.closing && g.asleep && g.elsewhere == 0 && g.pending.head == nil, g.asleep
+	needed := g.needed()
+	g.ring.hush(!needed)
+	idle := !g.submitting && g.ring.ready() == 0 && len(g.free) == len(g.slots)
+	over = g.closing && idle && g.elsewhere == 0 && g.pending.head == nil && g.reaping.CompareAndSwap(false, true) // for ever
+	g.mu.Unlock()
+	switch {
+	case over:
+	case needed && g.polled && !idle:
+		g.ring.poll()
+	case needed && g.ring.completed():
+		runtime.Gosched() // to whoever takes them
+	default:
+		g.ring.sleep()
+	}
+	return over
 }
 
 // finishAll ends service: it waits until nothing is in flight and frees the

@@ -411,6 +411,7 @@ func TestSlowPaths(t *testing.T) {
 			}
 			o := Op{Off: off, Len: n}
 			o.Begin()
+			o.engine = &f.engine
 			path(&o)
 			if err := o.Wait(); err != nil {
 				t.Errorf("%s: %v", name, err)

@@ -32,7 +32,13 @@ type queues interface {
 	// last returned.
 	sleep()
 	wake()
-	// poll looks for completions at the drive, where sleep is not told of any.
+	// hush stops, or resumes, sleep's being told of completions.
+	hush(on bool)
+	// completed tells whether there is anything to reap.
+	completed() bool
+	// block waits in the kernel until there is, or a signal came. Only for who reaps.
+	block()
+	// poll looks for completions at the drive, where nobody is told of any.
 	poll()
 	// reserve makes n empty slots for registered buffers.
 	reserve(n int) error
@@ -87,10 +93,10 @@ type params struct {
 var _ = [1]struct{}{}[unsafe.Sizeof(params{})-unsafe.Sizeof(giouring.Params{})]
 
 // innerRing and innerQueue are giouring.Ring and its SubmissionQueue, which
-// keep to themselves what close and registerFile need.
+// keep to themselves what close, hush and registerFile need.
 type innerRing struct {
 	sq    *innerQueue
-	cq    unsafe.Pointer
+	cq    *innerCompletions
 	flags uint32
 	fd    int
 	_     [3]uint64
@@ -100,6 +106,10 @@ type innerQueue struct {
 	_, _, _, entries, _, _, _ *uint32
 	sqes                      unsafe.Pointer
 	_                         [4]uint64
+}
+
+type innerCompletions struct {
+	_, _, _, _, flags, _ *uint32
 }
 
 var (
@@ -165,6 +175,22 @@ func (r *ring) reap(into []completion) int {
 
 func (r *ring) sleep() { _, _ = r.event.Read(r.count[:]) }
 func (r *ring) poll()  { _, _ = r.r.GetEvents() }
+
+// block needs no loop for EINTR: its caller has one.
+func (r *ring) block() { _, _ = r.r.Enter(0, 1, giouring.EnterGetEvents, nil) }
+
+func (r *ring) completed() bool { return r.r.CQReady() > 0 }
+
+// hush sets IORING_CQ_EVENTFD_DISABLED, which giouring's toggle cannot.
+func (r *ring) hush(on bool) {
+	if flags := r.inner().cq.flags; flags != nil {
+		var v uint32
+		if on {
+			v = giouring.CQEventFdDisabled
+		}
+		atomic.StoreUint32(flags, v)
+	}
+}
 
 func (r *ring) wake() { _, _ = r.event.Write(oneEvent) }
 
