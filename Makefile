@@ -35,12 +35,12 @@ nixl-plugin: shim
 
 # The Python package with the library in it: docs/python.md. bin/kvof-*.whl.
 wheel: shim
-	@cp bin/libkvof.so shim/python/kvof/
+	@rm -f bin/kvof-*.whl && cp bin/libkvof.so shim/python/kvof/
 	python3 -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir bin --config-settings=--build-option=--plat-name=linux_$$(uname -m) shim/python; status=$$?; \
 		rm -rf shim/python/kvof/libkvof.so shim/python/build shim/python/*.egg-info; exit $$status
 
 # The engines' adapters and the NIXL plugin with the real engines: LMCache, SGLang, vLLM, NIXL. Installs them the first time, 7 GB.
-shim-test: build nixl-plugin
+shim-test: build nixl-plugin wheel
 	@python=$$(shim/python/tests/venv.sh) && timeout -k 10 $(VM_LIMIT) $$python -m pytest -q shim/python/tests
 
 run: build

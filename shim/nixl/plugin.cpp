@@ -23,6 +23,7 @@ using namespace nixl;
 
 constexpr uint32_t BATCH_OPS = 8192; // of one kvof_submit
 constexpr uint32_t QUEUE_DEPTH = 4096;
+constexpr char COUNTERS[] = "kvof:counters"; // a name to query: answers with what happened since the backend was made
 
 Status status_of(int kvof) {
 	switch (kvof) {
@@ -136,6 +137,36 @@ struct Transfer final : Request {
 
 	bool idle() const { return ended.load(std::memory_order_acquire) == submitted; }
 };
+
+Params describe(const struct kvof_counters &c) {
+	Params p;
+#define COUNTER(name) p[#name] = std::to_string(c.name)
+	COUNTER(targets);
+	COUNTER(targets_up);
+	COUNTER(paths);
+	COUNTER(paths_up);
+	COUNTER(in_flight);
+	COUNTER(get_hits);
+	COUNTER(get_misses);
+	COUNTER(get_bytes);
+	COUNTER(puts);
+	COUNTER(put_exists);
+	COUNTER(put_bytes);
+	COUNTER(exist_hits);
+	COUNTER(exist_misses);
+	COUNTER(mismatches);
+	COUNTER(truncated);
+	COUNTER(unavailable);
+	COUNTER(timeouts);
+	COUNTER(full);
+	COUNTER(errors);
+	COUNTER(connects);
+	COUNTER(disconnects);
+	COUNTER(connect_failures);
+	COUNTER(retries);
+#undef COUNTER
+	return p;
+}
 
 int hex(char c) {
 	if (c >= '0' && c <= '9') return c - '0';
@@ -295,8 +326,14 @@ public:
 			kvof_wait(q, &done, 1, -1);
 		}
 		give_lookup_queue(q);
-		for (size_t i = 0; i < ops.size(); i++)
+		for (size_t i = 0; i < ops.size(); i++) {
 			if (ops[i].status == KVOF_OK) out[i].emplace();
+			if (keys[i] == COUNTERS) {
+				struct kvof_counters c = {};
+				c.size = sizeof c;
+				if (::kvof_counters(client_, &c) == KVOF_OK) out[i] = describe(c);
+			}
+		}
 		return SUCCESS;
 	} catch (const std::exception &) {
 		return ERR_BACKEND;

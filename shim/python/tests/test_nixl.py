@@ -223,6 +223,15 @@ def test_dead_target(victim, unique):
     assert a.run("READ", [(0, MIB)], [(0, MIB, 1)]) == "DONE"
 
 
+def test_counters(target, unique):
+    """What happened is asked by a name of its own."""
+    a = Agent(targets=target.url, tenant=unique)
+    a.objects([(1, unique, MIB)])
+    assert a.run("WRITE", [(0, MIB)], [(0, MIB, 1)]) == "DONE" and a.query([unique, unique + "no"]) == [True, False]
+    (counters,) = a.agent.query_memory([(0, 0, 0, "kvof:counters")], "KVOF", "OBJ")
+    assert (counters["puts"], counters["exist_hits"], counters["targets_up"], counters["unavailable"]) == ("1", "1", "1", "0")
+
+
 def test_release_in_flight(victim, unique):
     """A handle may be given up while the target hangs; nobody uses the memory after it."""
     a = Agent(targets=victim.url, tenant=unique, timeout_ms=1000)
