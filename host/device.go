@@ -158,7 +158,11 @@ func (s deviceSystem) openPath(path string) (*Device, error) {
 		d.Close()
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
-	d.limits(filepath.Join(s.sys, filepath.Base(path)))
+	name, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		name = path
+	}
+	d.limits(filepath.Join(s.sys, filepath.Base(name)))
 	return d, nil
 }
 

@@ -124,6 +124,9 @@ func TestOpenDevice(t *testing.T) {
 	a.add("ng1n1", "nqn.b", &attached{memory: newMemory(0), nsid: 1, nguid: 3}, "nvme1n1", "nvme1/nvme1c1n1", "nvme2/nvme1c2n1")
 	a.add("ng1n12", "nqn.b", &attached{memory: newMemory(0), nsid: 12, nguid: 4})
 	a.write(filepath.Join(a.dev, "file"), "")
+	if err := os.Symlink("ng0n2", filepath.Join(a.dev, "link")); err != nil {
+		t.Fatal(err)
+	}
 	for _, tc := range []struct {
 		name  string
 		nsid  uint32
@@ -131,6 +134,7 @@ func TestOpenDevice(t *testing.T) {
 		limit uint64
 	}{
 		{a.dev + "/ng0n2", 0, "/ng0n2", 1 << 20},
+		{a.dev + "/link", 0, "/link", 1 << 20},
 		{a.dev + "/ng0n2", 2, "/ng0n2", 1 << 20},
 		{a.dev + "/ng0n2", 1, "is namespace 2", 0},
 		{a.dev + "/ng0n1", 0, "not a Key Value namespace", 0},
