@@ -213,7 +213,7 @@ func (s *Store) giveAll(w *Writer, taken int) {
 // less tells that d is the better place for a write than o: by the work in
 // progress, in units of an extent, then by the free space. Under Pool.mu.
 func (d *device) less(o *device) bool {
-	if a, b := d.load.Load()/maxExtent, o.load.Load()/maxExtent; a != b {
+	if a, b := d.load.Load()/d.p.super.extent, o.load.Load()/d.p.super.extent; a != b {
 		return a < b
 	}
 	return len(d.free)*len(o.segs) > len(o.free)*len(d.segs)

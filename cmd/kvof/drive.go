@@ -22,7 +22,7 @@ func newDriveCommand() *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newDriveListCommand())
+	cmd.AddCommand(newDriveListCommand(), newDriveInspectCommand())
 	return cmd
 }
 

@@ -91,6 +91,8 @@ func newRootCommand() *cobra.Command {
 		newDeleteCommand(),
 		newSweepCommand(),
 		newBenchCommand(),
+		newPinCommand(),
+		newUnpinCommand(),
 	)
 	return root
 }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"math"
 	"net"
 	"net/http"
@@ -43,15 +44,20 @@ func newStatusCommand() *cobra.Command {
 			"The exit status is 1 when no server answers; one that is not ready yet does.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if !cmd.Flags().Changed("socket") && !exists(socket) && exists(serviceSocket) {
-				socket = serviceSocket
-			}
-			return status(cmd.Context(), cmd.OutOrStdout(), socket, asJSON)
+			return status(cmd.Context(), cmd.OutOrStdout(), serverSocket(cmd, socket), asJSON)
 		},
 	}
 	cmd.Flags().StringVar(&socket, "socket", configs.DefaultSocket(), "the server's management socket")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the server's JSON as it is")
 	return cmd
+}
+
+// serverSocket is the socket to ask: unless the user has named one, the service's if there is no other.
+func serverSocket(cmd *cobra.Command, socket string) string {
+	if !cmd.Flags().Changed("socket") && !exists(socket) && exists(serviceSocket) {
+		return serviceSocket
+	}
+	return socket
 }
 
 func exists(path string) bool {
@@ -62,7 +68,7 @@ func exists(path string) bool {
 func status(ctx context.Context, out io.Writer, socket string, asJSON bool) error {
 	ctx, cancel := context.WithTimeout(ctx, statusTime)
 	defer cancel()
-	code, body, err := askServer(ctx, socket, "/v1/status")
+	code, body, err := askServer(ctx, http.MethodGet, socket, "/v1/status")
 	if err != nil {
 		return err
 	}
@@ -77,7 +83,7 @@ func status(ctx context.Context, out io.Writer, socket string, asJSON bool) erro
 	if err := json.Unmarshal(body, &s); err != nil {
 		return fmt.Errorf("the server at %s speaks another language, is it another version? %w", socket, err)
 	}
-	code, body, err = askServer(ctx, socket, "/v1/ready")
+	code, body, err = askServer(ctx, http.MethodGet, socket, "/v1/ready")
 	if err != nil {
 		return err
 	}
@@ -89,12 +95,12 @@ func status(ctx context.Context, out io.Writer, socket string, asJSON bool) erro
 	return err
 }
 
-// askServer gets one path of a server's management endpoint.
-func askServer(ctx context.Context, socket, path string) (code int, body []byte, err error) {
+// askServer asks for one path of a server's management endpoint.
+func askServer(ctx context.Context, method, socket, path string) (code int, body []byte, err error) {
 	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", socket)
 	}}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://kvof"+path, nil)
+	req, err := http.NewRequestWithContext(ctx, method, "http://kvof"+path, nil)
 	if err != nil {
 		return 0, nil, err
 	}
@@ -176,9 +182,21 @@ func statusPage(s *target.Status, state string, now time.Time) string {
 		for _, note := range notes {
 			fmt.Fprintf(&b, "  ! %s\n", note)
 		}
+		b.WriteString(storeTable(&sub))
 		b.WriteString(commandTable(&sub))
 	}
 
+	for _, p := range s.Pools {
+		w := newTable(&b, fmt.Sprintf("\nPool %s (%s)\nDEVICE\tSTATE\tSIZE\tLIVE\tSEGMENTS", p.Name, humanize.IBytes(uint64(p.Capacity))))
+		for _, d := range p.Devices {
+			state := "in use"
+			if d.Lost {
+				state = "LOST"
+			}
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", cmp.Or(d.Device.Path, d.Device.Kind), state, humanize.IBytes(uint64(d.Device.Size)), humanize.IBytes(uint64(d.Live)), counts(d.Segments))
+		}
+		w.Flush()
+	}
 	if len(s.Controllers) == 0 {
 		b.WriteString("\nNo host is connected.\n")
 		return b.String()
@@ -201,6 +219,45 @@ func newTable(b *strings.Builder, header string) *tabwriter.Writer {
 	w := tabwriter.NewWriter(b, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, header)
 	return w
+}
+
+// storeTable shows how the stores of a subsystem's Key Value namespaces fare; it is empty when there are none.
+func storeTable(sub *target.SubsystemStatus) string {
+	var b strings.Builder
+	w := newTable(&b, "\nNSID\tPOOL\tEVICTION\tHITS\tMISSES\tEVICTED\tMEAN AGE\tWRITTEN\tAMPLIFICATION\tINDEX\tCORRUPT")
+	any := false
+	for _, n := range sub.Namespaces {
+		k := n.Store
+		if k == nil {
+			continue
+		}
+		any = true
+		evicted, age := uint64(0), time.Duration(0)
+		for _, v := range k.Evictions {
+			evicted += v
+		}
+		if v := k.Evictions["capacity"]; v > 0 {
+			age = time.Duration(k.EvictionAge/float64(v)) * time.Second
+		}
+		fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%v\t%s\t%.2f\t%s\t%d\n", n.NSID, cmp.Or(k.Pool, "own"), k.Eviction, humanize.Comma(int64(k.Hits)), humanize.Comma(int64(k.Misses)),
+			humanize.Comma(int64(evicted)), age, humanize.IBytes(k.Written), k.WriteAmplification, humanize.IBytes(uint64(k.IndexBytes)), k.Corrupt)
+	}
+	if !any {
+		return ""
+	}
+	w.Flush()
+	return b.String()
+}
+
+// counts writes what is not zero, by name.
+func counts(m map[string]int) string {
+	var parts []string
+	for _, name := range slices.Sorted(maps.Keys(m)) {
+		if m[name] > 0 {
+			parts = append(parts, fmt.Sprintf("%d %s", m[name], name))
+		}
+	}
+	return strings.Join(parts, ", ")
 }
 
 // commandTable shows the commands that a subsystem's hosts have sent; it is empty when there were none.
@@ -239,7 +296,9 @@ func namespaceRow(n *target.NamespaceStatus) string {
 	if n.State != target.NamespaceServed {
 		return fmt.Sprintf("%d\t%s\t%s\t\t\t\t\t%s", n.NSID, n.Type, state, device)
 	}
-	if n.Device.Kind == string(configs.DeviceNVMe) {
+	if n.Store != nil && n.Store.Pool != "" {
+		device = "pool " + n.Store.Pool
+	} else if n.Device.Kind == string(configs.DeviceNVMe) {
 		for _, f := range []string{"iopoll", "registered_file"} {
 			if slices.Contains(n.Device.Features, f) {
 				device += ", " + strings.ReplaceAll(f, "_", " ")
@@ -253,7 +312,7 @@ func namespaceRow(n *target.NamespaceStatus) string {
 	} else if n.Device.Kind != string(configs.DeviceMemory) {
 		device += ", page cache"
 	}
-	if n.Device.Registered > 0 {
+	if n.Device.Registered > 0 && (n.Store == nil || n.Store.Pool == "") {
 		device += ", registered buffers"
 	}
 	if n.Store == nil {
