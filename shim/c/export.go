@@ -1,10 +1,12 @@
 package main
 
+// #include <stdlib.h>
 // #include "internal.h"
 import "C"
 
 import (
 	"errors"
+	"os"
 	"runtime/cgo"
 	"sync"
 	"sync/atomic"
@@ -45,8 +47,16 @@ func kvofgo_key(s *C.struct_kvof_scope, flags C.uint32_t, key unsafe.Pointer, ke
 	return C.KVOF_OK
 }
 
+// session is the Go side of a struct kvof_client.
+type session struct {
+	*client.Client
+	shared *C.struct_kvof_client
+	wake   *os.File // its eventfd
+	done   chan struct{}
+}
+
 //export kvofgo_open
-func kvofgo_open(o *C.struct_kvof_options, handle *C.uintptr_t, errbuf *C.char) C.int {
+func kvofgo_open(o *C.struct_kvof_options, shared *C.struct_kvof_client, errbuf *C.char) C.int {
 	const known = C.KVOF_NOWAIT | C.KVOF_HASH_ALL | C.KVOF_NO_CHECKSUM | C.KVOF_HEADER_DIGEST | C.KVOF_DATA_DIGEST
 	if o.flags&^known != 0 {
 		return fail(errbuf, C.KVOF_INVALID, errors.New("unknown flag"))
@@ -57,7 +67,7 @@ func kvofgo_open(o *C.struct_kvof_options, handle *C.uintptr_t, errbuf *C.char) 
 		NoWait: o.flags&C.KVOF_NOWAIT != 0, HashAll: o.flags&C.KVOF_HASH_ALL != 0, NoChecksum: o.flags&C.KVOF_NO_CHECKSUM != 0,
 		HeaderDigest: o.flags&C.KVOF_HEADER_DIGEST != 0, DataDigest: o.flags&C.KVOF_DATA_DIGEST != 0,
 		Timeout: ms(o.timeout_ms), LookupTimeout: ms(o.lookup_timeout_ms), ConnectTimeout: ms(o.connect_timeout_ms), Reconnect: ms(o.reconnect_ms), KeepAlive: ms(o.keep_alive_ms),
-		IOQueues: int(o.io_queues), QueueDepth: int(o.queue_depth), MaxOps: int(o.max_ops),
+		IOQueues: int(o.io_queues), QueueDepth: int(o.queue_depth), MaxOps: int(shared.max_ops),
 	})
 	switch {
 	case errors.Is(err, client.ErrUnavailable):
@@ -65,15 +75,48 @@ func kvofgo_open(o *C.struct_kvof_options, handle *C.uintptr_t, errbuf *C.char) 
 	case err != nil:
 		return fail(errbuf, C.KVOF_INVALID, err)
 	}
-	*handle = C.uintptr_t(cgo.NewHandle(c))
+	s := &session{c, shared, os.NewFile(uintptr(shared.wake), "kvof submissions"), make(chan struct{})}
+	shared.handle = C.uintptr_t(cgo.NewHandle(s))
+	go s.run()
 	return C.KVOF_OK
 }
 
-func clientOf(handle C.uintptr_t) *client.Client { return cgo.Handle(handle).Value().(*client.Client) }
+func clientOf(handle C.uintptr_t) *session { return cgo.Handle(handle).Value().(*session) }
+
+// run starts what kvof_submit leaves in the client: C never waits for Go's scheduler.
+func (s *session) run() {
+	defer close(s.done)
+	var b [8]byte
+	for {
+		s.take()
+		if _, err := s.wake.Read(b[:]); err != nil {
+			return // closed
+		}
+	}
+}
+
+// take starts all submissions there are, in their order.
+func (s *session) take() {
+	newest := (*C.struct_kvof_submission)(atomic.SwapPointer((*unsafe.Pointer)(unsafe.Pointer(&s.shared.submitted)), nil))
+	var oldest *C.struct_kvof_submission
+	for newest != nil {
+		newest, newest.next, oldest = newest.next, oldest, newest
+	}
+	for oldest != nil {
+		in := oldest
+		oldest = in.next
+		cgo.Handle(in.queue).Value().(*queue).start(in)
+		C.free(unsafe.Pointer(in))
+	}
+}
 
 //export kvofgo_close
 func kvofgo_close(handle C.uintptr_t) {
-	clientOf(handle).Close()
+	s := clientOf(handle)
+	_ = s.wake.Close()
+	<-s.done
+	s.take()
+	s.Close()
 	cgo.Handle(handle).Delete()
 }
 
@@ -102,13 +145,12 @@ func kvofgo_unregister(handle C.uintptr_t, addr unsafe.Pointer, errbuf *C.char) 
 
 // queue is the Go side of a struct kvof_queue.
 type queue struct {
-	c      *client.Client
+	s      *session
 	shared *C.struct_kvof_queue
 	free   sync.Pool // of *batch
 
-	mu       sync.Mutex // one completion at a time
-	inflight int
-	idle     *sync.Cond // inflight went down
+	mu   sync.Mutex // one completion at a time
+	idle *sync.Cond // shared.inflight went down
 }
 
 // batch is a client.Batch on behalf of an array of struct kvof_op.
@@ -122,7 +164,7 @@ type batch struct {
 
 //export kvofgo_queue_open
 func kvofgo_queue_open(handle C.uintptr_t, shared *C.struct_kvof_queue) C.uintptr_t {
-	q := &queue{c: clientOf(handle), shared: shared}
+	q := &queue{s: clientOf(handle), shared: shared}
 	q.idle = sync.NewCond(&q.mu)
 	q.free.New = func() any {
 		b := &batch{q: q}
@@ -136,7 +178,7 @@ func kvofgo_queue_open(handle C.uintptr_t, shared *C.struct_kvof_queue) C.uintpt
 func kvofgo_queue_close(handle C.uintptr_t) {
 	q := cgo.Handle(handle).Value().(*queue)
 	q.mu.Lock()
-	for q.inflight > 0 {
+	for atomic.LoadUint64((*uint64)(unsafe.Pointer(&q.shared.inflight))) > 0 {
 		q.idle.Wait()
 	}
 	q.mu.Unlock()
@@ -148,78 +190,40 @@ func (b *batch) op(i uint64) *C.struct_kvof_op {
 	return (*C.struct_kvof_op)(unsafe.Add(b.ops, uintptr(i)*b.stride))
 }
 
-//export kvofgo_submit
-func kvofgo_submit(handle C.uintptr_t, in *C.struct_kvof_batch, errbuf *C.char) C.int {
-	q := cgo.Handle(handle).Value().(*queue)
-	n := uint64(in.count)
-	if n > uint64(q.c.MaxOps()) {
-		return fail(errbuf, C.KVOF_INVALID, errors.New("a batch has at most max_ops ops"))
-	}
+// start starts a submission, which it does not keep.
+func (q *queue) start(in *C.struct_kvof_submission) {
 	b := q.free.Get().(*batch)
 	b.ops, b.stride, b.user = unsafe.Pointer(in.ops), uintptr(in.op_size), in.user_data
-	if uint64(cap(b.Ops)) < n {
+	n := int(in.count)
+	if cap(b.Ops) < n {
 		b.Ops = make([]client.Op, n)
 	}
 	b.Ops = b.Ops[:n]
-	for i := range b.Ops {
-		b.fill(uint64(i))
+	desc := unsafe.Slice((*C.struct_kvof_desc)(unsafe.Add(unsafe.Pointer(in), unsafe.Sizeof(*in))), n)
+	for i := range desc {
+		b.fill(uint64(i), &desc[i])
 	}
-	q.mu.Lock()
-	q.inflight++
-	q.mu.Unlock()
-	err := q.c.Submit(&b.Batch)
-	if err == nil {
-		return C.KVOF_OK
+	if q.s.Submit(&b.Batch) != nil {
+		panic("kvof_submit counts what is in flight, and kvof_close comes last")
 	}
-	q.mu.Lock()
-	q.inflight--
-	q.idle.Broadcast()
-	q.mu.Unlock()
-	b.recycle()
-	if errors.Is(err, client.ErrAgain) {
-		return C.KVOF_AGAIN
-	}
-	return fail(errbuf, C.KVOF_CANCELLED, err)
 }
 
-// maxPiece is the most that one piece of memory may have, bytes: far more than a value.
-const maxPiece = 1 << 32
-
-// fill makes operation i of what the caller wrote; one that is malformed is to end as Invalid.
-func (b *batch) fill(i uint64) {
+// fill makes operation i of what the caller wrote; one that is malformed ends as Invalid.
+func (b *batch) fill(i uint64, d *C.struct_kvof_desc) {
 	in, o := b.op(i), &b.Ops[i]
-	atomic.StoreInt32((*int32)(&in.status), C.KVOF_PENDING)
-	in.result, in.detail = 0, 0
 	o.Kind, o.Replace, o.Tag, o.Status = client.Kind(in.kind), in.flags&C.KVOF_REPLACE != 0, i, client.Invalid
-	o.Data = o.Data[:0]
-	if o.Kind < client.Get || o.Kind > client.ExistPrefix || in.flags&^C.KVOF_REPLACE != 0 || o.Replace && o.Kind != client.Put ||
-		in.key == nil || in.key_len > C.KVOF_MAX_KEY || in.iov_count > C.KVOF_MAX_IOV {
+	o.Result, o.Detail, o.Data = 0, 0, o.Data[:0]
+	if d.key == nil {
 		return
 	}
-	if o.Kind == client.Get || o.Kind == client.Put {
-		one := C.struct_kvof_iov{base: in.data, len: in.len}
-		pieces := unsafe.Slice(&one, 1)
-		if in.iov_count > 0 {
-			if in.data == nil {
-				return
-			}
-			pieces = unsafe.Slice((*C.struct_kvof_iov)(in.data), in.iov_count)
-		}
-		for _, p := range pieces {
-			switch {
-			case p.len == 0:
-				continue
-			case p.base == nil || p.len > maxPiece:
-				return
-			}
+	for _, p := range unsafe.Slice(d.iov, d.pieces) {
+		if p.len > 0 {
 			o.Data = append(o.Data, memory(p.base, uint64(p.len)))
 		}
 	}
-	key, err := b.q.c.Key(memory(in.key, uint64(in.key_len)))
-	if err != nil {
-		return
+	if key, err := b.q.s.Key(memory(d.key, uint64(in.key_len))); err == nil {
+		o.Key, o.Status = key, client.Pending
 	}
-	o.Key, o.Status = key, client.Pending
 }
 
 // opEnded tells the caller how one operation ended: its status last, as the caller may watch it.
@@ -252,6 +256,7 @@ func (b *batch) ended(*client.Batch) {
 		}
 	}
 	q := b.q
+	atomic.AddUint64((*uint64)(unsafe.Pointer(&q.s.shared.ops)), ^uint64(len(b.Ops)-1))
 	b.recycle()
 	ring := unsafe.Slice((*C.struct_kvof_completion)(unsafe.Add(unsafe.Pointer(q.shared), unsafe.Sizeof(*q.shared))), q.shared.depth)
 	head, tail := (*uint64)(unsafe.Pointer(&q.shared.head)), (*uint64)(unsafe.Pointer(&q.shared.tail))
@@ -263,7 +268,7 @@ func (b *batch) ended(*client.Batch) {
 		// It was empty: a poller may have gone to sleep. One that is still taking earlier ones sees this one too.
 		_, _ = unix.Write(int(q.shared.fd), one[:])
 	}
-	q.inflight--
+	atomic.AddUint64((*uint64)(unsafe.Pointer(&q.shared.inflight)), ^uint64(0))
 	q.idle.Broadcast()
 	q.mu.Unlock()
 }

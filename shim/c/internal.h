@@ -16,14 +16,35 @@ struct kvof_queue {
 	uintptr_t handle;  // of the Go side
 	struct kvof_client *client;
 	struct kvof_queue *next;
-	_Alignas(64) _Atomic uint64_t taken; // batches in flight and in the ring: at most depth
+	_Alignas(64) _Atomic uint64_t taken;    // batches in flight and in the ring: at most depth
+	_Alignas(64) _Atomic uint64_t inflight; // batches in flight; Go counts down, and wakes who waits
 	_Alignas(64) _Atomic uint64_t head;
 	_Alignas(64) _Atomic uint64_t tail;
 	_Alignas(64) struct kvof_completion ring[];
 };
 
+// kvof_submission is a batch on its way to Go, with all of it that the caller may reuse: made by kvof_submit, freed by Go.
+struct kvof_submission {
+	struct kvof_submission *next;
+	uintptr_t queue; // handle
+	struct kvof_op *ops;
+	uint64_t user_data;
+	uint32_t count;
+	uint32_t op_size;
+	struct kvof_desc {
+		const void *key; // op's key_len bytes; NULL: the op is malformed
+		struct kvof_iov *iov;
+		uint32_t pieces;
+		uint32_t reserved;
+	} desc[];
+};
+
 struct kvof_client {
 	uintptr_t handle; // of the Go side
+	int wake;         // eventfd: submitted is no longer empty
+	uint32_t max_ops;
+	_Atomic uint64_t ops;                             // in flight
+	struct kvof_submission *_Atomic submitted; // the newest, linked to those before; Go takes them all at once
 	pthread_mutex_t lock;
 	struct kvof_queue *queues;
 };

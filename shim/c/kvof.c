@@ -28,6 +28,11 @@ static int fail(int status, const char *why) {
 	return status;
 }
 
+static int no_eventfd(void) {
+	snprintf(last_error, sizeof last_error, "eventfd: %s", strerror(errno));
+	return KVOF_NO_MEMORY;
+}
+
 static int fork_error(void) { return fail(KVOF_FORKED, "the process was forked after libkvof.so was loaded"); }
 
 #define CHECK_FORK() \
@@ -63,6 +68,8 @@ int kvof_key(const struct kvof_scope *scope, uint32_t flags, const void *key, ui
 	return kvofgo_key((struct kvof_scope *)(scope ? scope : &none), flags, (void *)key, key_len, out, last_error);
 }
 
+#define DEFAULT_OPS 65536 // max_ops
+
 int kvof_open(const struct kvof_options *options, kvof_client **out) {
 	CHECK_FORK();
 	if (!options || !out)
@@ -77,8 +84,15 @@ int kvof_open(const struct kvof_options *options, kvof_client **out) {
 	kvof_client *c = calloc(1, sizeof *c);
 	if (!c)
 		return fail(KVOF_NO_MEMORY, "no memory");
-	int status = kvofgo_open(&o, &c->handle, last_error);
+	c->max_ops = o.max_ops ? o.max_ops : DEFAULT_OPS;
+	c->wake = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+	if (c->wake < 0) {
+		free(c);
+		return no_eventfd();
+	}
+	int status = kvofgo_open(&o, c, last_error);
 	if (status != KVOF_OK) {
+		close(c->wake);
 		free(c);
 		return status;
 	}
@@ -142,9 +156,8 @@ int kvof_queue_open(kvof_client *c, uint32_t depth, kvof_queue **out) {
 	q->client = c;
 	q->fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
 	if (q->fd < 0) {
-		snprintf(last_error, sizeof last_error, "eventfd: %s", strerror(errno));
 		free(q);
-		return KVOF_NO_MEMORY;
+		return no_eventfd();
 	}
 	q->handle = kvofgo_queue_open(c->handle, q);
 	pthread_mutex_lock(&c->lock);
@@ -173,6 +186,69 @@ void kvof_queue_close(kvof_queue *q) {
 
 int kvof_queue_fd(const kvof_queue *q) { return q->fd; }
 
+// MAX_PIECE is the most that one piece of memory may have, bytes: far more than a value.
+#define MAX_PIECE (1ull << 32)
+
+// well_formed checks an op; its pieces are *iov.
+static int well_formed(const struct kvof_op *op, struct kvof_iov *one, const struct kvof_iov **iov, uint32_t *pieces) {
+	*pieces = 0;
+	if (op->kind < KVOF_GET || op->kind > KVOF_EXIST_PREFIX || op->flags & ~KVOF_REPLACE || (op->flags && op->kind != KVOF_PUT) || !op->key ||
+	    op->key_len == 0 || op->key_len > KVOF_MAX_KEY)
+		return 0;
+	if (op->kind != KVOF_GET && op->kind != KVOF_PUT)
+		return 1;
+	*one = (struct kvof_iov){op->data, op->len};
+	*iov = one;
+	uint32_t n = 1;
+	if (op->iov_count > 0) {
+		*iov = op->data;
+		n = op->iov_count;
+		if (!*iov || n > KVOF_MAX_IOV)
+			return 0;
+	}
+	for (uint32_t i = 0; i < n; i++)
+		if ((*iov)[i].len > MAX_PIECE || ((*iov)[i].len > 0 && !(*iov)[i].base))
+			return 0;
+	*pieces = n;
+	return 1;
+}
+
+static struct kvof_op *op_at(const struct kvof_batch *b, uint32_t i) { return (struct kvof_op *)((char *)b->ops + (size_t)i * b->op_size); }
+
+// pack copies what the caller may reuse. NULL if there is no memory.
+static struct kvof_submission *pack(const struct kvof_batch *b, uintptr_t queue) {
+	struct kvof_iov one;
+	const struct kvof_iov *iov;
+	uint32_t pieces;
+	size_t keys = 0, iovs = 0, head = sizeof(struct kvof_submission) + b->count * sizeof(struct kvof_desc);
+	for (uint32_t i = 0; i < b->count; i++)
+		if (well_formed(op_at(b, i), &one, &iov, &pieces)) {
+			keys += op_at(b, i)->key_len;
+			iovs += pieces;
+		}
+	struct kvof_submission *s = malloc(head + iovs * sizeof *iov + keys);
+	if (!s)
+		return NULL;
+	*s = (struct kvof_submission){.queue = queue, .ops = b->ops, .user_data = b->user_data, .count = b->count, .op_size = b->op_size};
+	struct kvof_iov *to = (struct kvof_iov *)((char *)s + head);
+	char *key = (char *)(to + iovs);
+	for (uint32_t i = 0; i < b->count; i++) {
+		struct kvof_op *op = op_at(b, i);
+		s->desc[i] = (struct kvof_desc){0};
+		if (well_formed(op, &one, &iov, &pieces)) {
+			s->desc[i] = (struct kvof_desc){.key = memcpy(key, op->key, op->key_len), .iov = to, .pieces = pieces};
+			if (pieces > 0)
+				memcpy(to, iov, pieces * sizeof *to);
+			key += op->key_len;
+			to += pieces;
+		}
+		op->result = 0;
+		op->detail = 0;
+		op->status = KVOF_PENDING;
+	}
+	return s;
+}
+
 int kvof_submit(kvof_queue *q, const struct kvof_batch *batch) {
 	CHECK_FORK();
 	struct kvof_batch b = {0};
@@ -181,13 +257,31 @@ int kvof_submit(kvof_queue *q, const struct kvof_batch *batch) {
 	memcpy(&b, batch, batch->size < sizeof b ? batch->size : sizeof b);
 	if (!b.ops || b.count == 0 || b.op_size < sizeof(struct kvof_op) || b.op_size % 8 != 0 || b.flags != 0)
 		return fail(KVOF_INVALID, "a batch has ops of op_size = sizeof(struct kvof_op), and no flags");
+	kvof_client *c = q->client;
+	if (b.count > c->max_ops)
+		return fail(KVOF_INVALID, "a batch has at most max_ops ops");
 	if (atomic_fetch_add(&q->taken, 1) >= q->depth) {
 		atomic_fetch_sub(&q->taken, 1);
 		return KVOF_AGAIN;
 	}
-	int status = kvofgo_submit(q->handle, &b, last_error);
-	if (status != KVOF_OK)
-		atomic_fetch_sub(&q->taken, 1);
+	int status = KVOF_AGAIN;
+	if (atomic_fetch_add(&c->ops, b.count) + b.count <= c->max_ops) {
+		struct kvof_submission *s = pack(&b, q->handle);
+		if (s) {
+			atomic_fetch_add(&q->inflight, 1);
+			s->next = atomic_load(&c->submitted);
+			int first;
+			do
+				first = s->next == NULL; // s is Go's once it is in
+			while (!atomic_compare_exchange_weak(&c->submitted, &s->next, s));
+			if (first)
+				eventfd_write(c->wake, 1);
+			return KVOF_OK;
+		}
+		status = fail(KVOF_NO_MEMORY, "no memory");
+	}
+	atomic_fetch_sub(&c->ops, b.count);
+	atomic_fetch_sub(&q->taken, 1);
 	return status;
 }
 

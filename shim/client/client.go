@@ -395,7 +395,7 @@ func (c *Client) Register(b []byte, dmabuf bool) error {
 		}
 	}
 	for l := range c.connections() {
-		if err := l.ctrl.Register(b); err != nil {
+		if err := l.ctrl.Register(b); err != nil && l.ctrl.Err() == nil { // what has ended needs it no more
 			for l := range c.connections() {
 				l.ctrl.Unregister(b)
 			}
