@@ -28,6 +28,8 @@ type nullDevice struct {
 	mem   [][]byte
 	recvs []nullRecv
 	wcs   []rdma.WC
+	held  []rdma.WC // of sends
+	late  bool      // hold
 }
 
 type nullRecv struct {
@@ -93,7 +95,11 @@ func (d *nullDevice) Post(b *rdma.Batch) {
 				d.answer <- nvmeof.Completion(d.at(b.SGEs(w)[0]))
 			}
 			if w.Flags&rdma.FlagSignaled != 0 {
-				d.complete(rdma.MakeSent(w.ID, rdma.WCSuccess, 1))
+				if wc := rdma.MakeSent(w.ID, rdma.WCSuccess, 1); d.late {
+					d.held = append(d.held, wc)
+				} else {
+					d.complete(wc)
+				}
 			}
 		}
 		return len(wrs), 0
@@ -106,6 +112,17 @@ func (d *nullDevice) complete(wc rdma.WC) {
 	case d.wake <- struct{}{}:
 	default:
 	}
+}
+
+// hold keeps the completions of sends back, until it is called with false.
+func (d *nullDevice) hold(on bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.late = on
+	for _, wc := range d.held {
+		d.complete(wc)
+	}
+	d.held = nil
 }
 
 // send brings a capsule in.
@@ -155,81 +172,119 @@ type nullQueue struct{}
 func (nullQueue) Handle() uintptr { return 2 }
 func (nullQueue) Close() error    { return nil }
 
-// TestAllocations shows that commands allocate nothing, register nothing and copy nothing, whatever they move.
-func TestAllocations(t *testing.T) {
-	if raceEnabled {
-		t.Skip("the race detector allocates")
-	}
-	dir := t.TempDir()
+// nullHost is a connected host on null devices, one for each queue.
+type nullHost struct {
+	testing.TB
+	target    *target.Target
+	transport *Transport
+	io        *nullDevice
+}
+
+func newNullHost(t testing.TB, ns ...configs.Namespace) *nullHost {
 	log := slog.New(slog.DiscardHandler)
 	arena, err := uring.NewArena(64 << 20)
 	if err != nil {
 		t.Fatal(err)
 	}
-	tg := target.New(arena, configs.Limits{Controllers: 8, IOQueues: 8, QueueEntries: 128}, log)
-	if err := tg.Apply(&configs.Config{Subsystems: []configs.Subsystem{{NQN: testNQN, Serial: "1", AllowAnyHost: true, Namespaces: []configs.Namespace{
-		block(1, configs.DeviceMemory, dir, 64<<20), block(2, configs.DeviceFile, dir, 64<<20), kv(3, configs.DeviceMemory, dir, 256<<20), kv(4, configs.DeviceFile, dir, 256<<20)}}}}); err != nil {
+	h := &nullHost{TB: t, target: target.New(arena, configs.Limits{Controllers: 8, IOQueues: 8, QueueEntries: 128}, log)}
+	if err := h.target.Apply(&configs.Config{Subsystems: []configs.Subsystem{{NQN: testNQN, Serial: "1", AllowAnyHost: true, Namespaces: ns}}}); err != nil {
 		t.Fatal(err)
 	}
-	tr := New(tg, nil, log)
-	serve := func(qid uint16) (*nullDevice, *conn) {
-		dev := newNullDevice()
-		d, err := tr.device(dev)
-		if err != nil {
-			t.Fatal(err)
-		}
-		l := newListener(tr, netip.AddrPort{}, false)
-		c, err := newConn(l, d, dev, &nvmeof.RDMARequest{QID: qid, HRQSIZE: 32, HSQSIZE: 31}, 4)
-		if err != nil {
-			t.Fatal(err)
-		}
-		d.add(c)
-		c.lane.add(c)
-		done := make(chan struct{})
-		go func() { c.serve(); d.remove(c); close(done) }()
-		t.Cleanup(func() {
-			close(dev.ended)
-			<-done
-		})
-		return dev, c
-	}
+	h.transport = New(h.target, nil, log)
 	t.Cleanup(func() {
-		if err := tr.Close(); err != nil {
+		if err := h.transport.Close(); err != nil {
 			t.Error(err)
 		}
-		if err := tg.Close(); err != nil {
+		if err := h.target.Close(); err != nil {
 			t.Error(err)
 		}
 		if err := arena.Close(); err != nil {
 			t.Error(err)
 		}
 	})
-	do := func(d *nullDevice, c *nvmeof.Command, data []byte) uint32 {
-		d.send(c, data)
-		cqe := <-d.answer
-		if st := cqe.Status(); st != nvmeof.Success {
-			t.Fatalf("opcode %02Xh: %v", c.Opcode(), st)
-		}
-		return cqe.DW0()
-	}
-	connect := func(d *nullDevice, qid uint16, cntlid uint16) uint16 {
-		data := make([]byte, nvmeof.ConnectDataSize)
-		(&nvmeof.ConnectData{CNTLID: cntlid, SubNQN: testNQN, HostNQN: hostNQN}).Encode(data)
-		c := nvmeof.MakeConnect(0, qid, 31, nvmeof.CATTRNoFlowControl, 0)
-		c.SetSGL(nvmeof.MakeSGL(nvmeof.SGLOffset, 0, nvmeof.ConnectDataSize))
-		return uint16(do(d, &c, data))
-	}
-	admin, _ := serve(0)
-	cntlid := connect(admin, 0, nvmeof.CNTLIDDynamic)
+	admin := h.queue(0)
+	cntlid := h.connect(admin, 0, nvmeof.CNTLIDDynamic)
 	cc := nvmeof.MakePropertySet(nvmeof.PropCC, 0x460061)
-	do(admin, &cc, nil)
+	h.do(admin, &cc, nil)
 	var f nvmeof.Command
 	f.SetHeader(nvmeof.OpSetFeatures, 1, 0)
 	f.SetDW(10, nvmeof.FeatQueues)
-	do(admin, &f, nil)
-	io, _ := serve(1)
-	connect(io, 1, cntlid)
+	h.do(admin, &f, nil)
+	h.io = h.queue(1)
+	h.connect(h.io, 1, cntlid)
+	return h
+}
 
+// queue makes a queue pair.
+func (h *nullHost) queue(qid uint16) *nullDevice {
+	dev := newNullDevice()
+	d, err := h.transport.device(dev)
+	if err != nil {
+		h.Fatal(err)
+	}
+	c, err := newConn(newListener(h.transport, netip.AddrPort{}, false), d, dev, &nvmeof.RDMARequest{QID: qid, HRQSIZE: hostDepth, HSQSIZE: hostDepth - 1}, 4)
+	if err != nil {
+		h.Fatal(err)
+	}
+	d.add(c)
+	c.lane.add(c)
+	done := make(chan struct{})
+	go func() { c.serve(); d.remove(c); close(done) }()
+	h.Cleanup(func() {
+		close(dev.ended)
+		<-done
+	})
+	return dev
+}
+
+func (h *nullHost) do(d *nullDevice, c *nvmeof.Command, data []byte) uint32 {
+	d.send(c, data)
+	return h.answer(d)
+}
+
+func (h *nullHost) answer(d *nullDevice) uint32 {
+	cqe := <-d.answer
+	if st := cqe.Status(); st != nvmeof.Success {
+		h.Fatal(st)
+	}
+	return cqe.DW0()
+}
+
+func (h *nullHost) connect(d *nullDevice, qid uint16, cntlid uint16) uint16 {
+	data := make([]byte, nvmeof.ConnectDataSize)
+	(&nvmeof.ConnectData{CNTLID: cntlid, SubNQN: testNQN, HostNQN: hostNQN}).Encode(data)
+	c := nvmeof.MakeConnect(0, qid, hostDepth-1, nvmeof.CATTRNoFlowControl, 0)
+	c.SetSGL(nvmeof.MakeSGL(nvmeof.SGLOffset, 0, nvmeof.ConnectDataSize))
+	return uint16(h.do(d, &c, data))
+}
+
+// TestLateCompletions has a device that tells late that responses have arrived: the host's next commands are no mistake.
+func TestLateCompletions(t *testing.T) {
+	h := newNullHost(t, block(1, configs.DeviceMemory, "", 16<<20))
+	var flush nvmeof.Command
+	flush.SetHeader(nvmeof.OpFlush, 1, 1)
+	h.io.hold(true)
+	for range 2 * hostDepth {
+		h.do(h.io, &flush, nil)
+	}
+	for range hostDepth { // there is no request, and no place in the send queue, for them
+		h.io.send(&flush, nil)
+	}
+	h.io.hold(false)
+	for range hostDepth {
+		h.answer(h.io)
+	}
+}
+
+// TestAllocations shows that commands allocate nothing, register nothing and copy nothing, whatever they move.
+func TestAllocations(t *testing.T) {
+	if raceEnabled {
+		t.Skip("the race detector allocates")
+	}
+	dir := t.TempDir()
+	h := newNullHost(t, block(1, configs.DeviceMemory, dir, 64<<20), block(2, configs.DeviceFile, dir, 64<<20),
+		kv(3, configs.DeviceMemory, dir, 256<<20), kv(4, configs.DeviceFile, dir, 256<<20))
+	tr, tg := h.transport, h.target
 	before, copied := registrations(tr), tg.Status().Copied
 	for _, c := range []struct {
 		name string
@@ -253,9 +308,9 @@ func TestAllocations(t *testing.T) {
 		}
 		cmd.SetSGL(nvmeof.MakeKeyedSGL(nvmeof.SGLKeyed, 1<<20, uint32(c.n), 7))
 		for range 100 { // what is made at the first use
-			do(io, &cmd, nil)
+			h.do(h.io, &cmd, nil)
 		}
-		if n := testing.AllocsPerRun(200, func() { do(io, &cmd, nil) }); n != 0 {
+		if n := testing.AllocsPerRun(200, func() { h.do(h.io, &cmd, nil) }); n != 0 {
 			t.Errorf("%s: %v allocations", c.name, n)
 		}
 	}

@@ -45,6 +45,7 @@ type conn struct {
 	born   time.Time
 
 	listed    bool         // among lane.dirty; the lane's
+	early     []arrival    // commands that came before there was a request for them; the lane's
 	taken     atomic.Int32 // commands whose response is not posted
 	connected atomic.Bool  // a Connect succeeded
 	progress  atomic.Uint64
@@ -261,6 +262,9 @@ func (c *conn) abort() {
 	backs := c.backs
 	c.backs = nil
 	c.mu.Unlock()
+	for _, a := range c.early {
+		backs = append(backs, a.slot)
+	}
 	for done.len() > 0 {
 		if e := done.pop(); e.end && e.kind != read {
 			c.retire(&e.item)
@@ -300,23 +304,36 @@ func (c *conn) capsule(from *receives, slot uint32, n int) {
 	c.mu.Lock()
 	over := c.over
 	c.mu.Unlock()
-	var r *target.Request
-	if !over {
-		r = c.queue.NewRequest()
-	}
-	if r == nil || int(c.taken.Add(1)) > c.depth {
-		if r != nil {
-			r.Release()
-		}
+	if over {
 		c.lane.repost(from, slot)
-		if !over {
-			c.log.Warn("host broke the protocol", "peer", c.name, "error", "more commands than the queue has entries")
-			c.Close("more commands than the queue has entries")
-		}
+		return
+	}
+	if int(c.taken.Add(1)) > c.depth {
+		c.lane.repost(from, slot)
+		c.log.Warn("host broke the protocol", "peer", c.name, "error", "more commands than the queue has entries")
+		c.Close("more commands than the queue has entries")
 		return
 	}
 	c.dev.commands.Add(1)
-	b := from.capsule(slot, n)
+	c.execute(arrival{from, slot, n})
+}
+
+// arrival is a capsule in its slot.
+type arrival struct {
+	from *receives
+	slot uint32
+	n    int
+}
+
+// execute runs a command. It waits in line when the host has all responses but the device has not told us of most.
+func (c *conn) execute(a arrival) {
+	r := c.queue.NewRequest()
+	if r == nil {
+		c.early = append(c.early, a)
+		return
+	}
+	from, slot := a.from, a.slot
+	b := from.capsule(slot, a.n)
 	copy(r.Cmd[:], b)
 	o := c.op(r)
 	length, inline, st := o.sgl.parse(&r.Cmd, b[nvmeof.CommandSize:])
@@ -721,7 +738,7 @@ func (c *conn) sent(wc *rdma.WC) {
 			ended = append(ended, e)
 		}
 	}
-	more := c.ready()
+	more, over := c.ready(), c.over
 	c.mu.Unlock()
 	for i := range ended {
 		e := &ended[i]
@@ -733,6 +750,12 @@ func (c *conn) sent(wc *rdma.WC) {
 		*e = entry{}
 	}
 	c.lane.ended = ended
+	if early := c.early; len(early) > 0 && !over {
+		c.early = nil
+		for _, a := range early {
+			c.execute(a)
+		}
+	}
 	if more {
 		c.lane.touch(c)
 	}
