@@ -25,7 +25,7 @@
  * KVOF_GET leaves in its memory is undefined, as is what lies behind a value that is smaller than its memory.
  *
  * Threads. All functions may be called by any thread at any time, but for kvof_close and kvof_queue_close, after whose start
- * the handle must not be used. kvof_submit, kvof_poll, kvof_counters and kvof_key never block.
+ * the handle must not be used. kvof_submit, kvof_poll, kvof_counters and kvof_key never block; the first two do not even enter the Go runtime.
  * kvof_open, kvof_wait, kvof_close and kvof_queue_close may, for the times that they name.
  *
  * Processes. The library contains the Go runtime, which does not survive fork(): in a child of a process that has loaded the
