@@ -29,10 +29,11 @@ shift $((OPTIND - 1))
 [ $# -ge 2 ] || { sed -n 's/^# //; 2p' "$0" >&2; exit 2; }
 image=$("$here/setup.sh" "$1")
 if [ "$1" = arm64 ]; then
-	suffix=-arm64 GOARCH=arm64
+	suffix=-arm64
+	export GOARCH=arm64 CC=aarch64-linux-gnu-gcc CGO_CFLAGS='-O2 -idirafter /usr/include'
 	machine=(qemu-system-aarch64 -M virt,gic-version=3 -cpu cortex-a72) tty=ttyAMA0
 else
-	suffix= GOARCH=amd64
+	suffix=
 	# Without its carry-less multiplication: emulated, it makes soft-RoCE's checksum slower.
 	machine=(qemu-system-x86_64 -M q35 -cpu max,-pclmulqdq) tty=ttyS0
 fi
@@ -42,7 +43,7 @@ tmp=$(mktemp -d)
 trap 'kill $(jobs -p) 2> /dev/null; rm -rf "$tmp"' EXIT
 mkdir -p "$tmp/job/vm"
 cp "$here"/guest/{init,lib.sh,peer.sh} "$tmp/job/vm/"
-(cd "$here" && GOARCH=$GOARCH CGO_ENABLED=0 go build -ldflags=-checklinkname=0 -o "$tmp/job/vm/helper" ./guest/helper)
+(cd "$here" && CGO_ENABLED=1 go build -ldflags=-checklinkname=0 -tags=rdma -o "$tmp/job/vm/helper" ./guest/helper)
 kvof=${KVOF:-$here/../../bin/kvof$suffix}
 [ ! -e "$kvof" ] || cp "$kvof" "$tmp/job/vm/kvof"
 

@@ -3,7 +3,7 @@
 #
 # A guest is a stock Debian release with its own kernel, nvme-cli, rdma-core and fio:
 #   6.1    Debian 12
-#   6.12   Debian 13
+#   6.12   Debian 13, with soft-iWARP built from Debian's source of that kernel, which leaves it out
 #   latest Debian 13 with the newest kernel of its backports
 #   arm64  Debian 13 for that architecture
 # Its folder holds the kernel, an initrd that does no more than mount the disk, the disk, and the
@@ -15,7 +15,7 @@ set -euo pipefail
 packages=bash,busybox-static,coreutils,diffutils,e2fsprogs,fio,grep,ibverbs-providers,ibverbs-utils,iproute2,jq,kmod,mawk,mount,nvme-cli,procps,rdmacm-utils,sed,tcpdump,util-linux
 boot_modules=(virtio_pci virtio_blk crc32c_generic crc32c_intel crc32_generic ext4)
 modules=(virtio_rng virtio_console virtio_net veth sch_netem
-	nvme nvme_tcp nvme_rdma nvmet nvmet_tcp nvmet_rdma rdma_rxe rdma_ucm ib_uverbs)
+	nvme nvme_tcp nvme_rdma nvmet nvmet_tcp nvmet_rdma rdma_rxe siw rdma_ucm ib_uverbs)
 
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/kvof/vm
 recipe=$(sha256sum "$0" | cut -c1-12)
@@ -45,6 +45,20 @@ unpack() {
 	mmdebstrap --quiet --variant=extract --architectures="$architecture" --aptopt="$root.apt" --include="$packages" "$1" "$root" "${sources[@]}"
 	rm -rf "$root"/usr/share/{doc,man,locale,zoneinfo,perl*,bash-completion,info,lintian} \
 		"$root"/usr/lib/{python3*,systemd} "$root"/var/{cache,lib/apt,lib/dpkg}
+}
+
+# build_siw ROOT VERSION: in Debian 13 itself, with its compiler.
+build_siw() {
+	local tree=$work/siw source=drivers/infiniband/sw/siw
+	unpack "$tree" amd64 "gcc,libc6-dev,make,xz-utils,tar,bash,coreutils,sed,grep,mawk,findutils,linux-source-6.12,linux-headers-$2" trixie
+	ln -sf mawk "$tree/usr/bin/awk"
+	ln -sf bash "$tree/usr/bin/sh"
+	tar -xJf "$tree"/usr/src/linux-source-6.12.tar.xz -C "$tree" --strip-components=1 "linux-source-6.12/$source"
+	echo "obj-m := siw.o
+siw-y := siw_cm.o siw_cq.o siw_main.o siw_mem.o siw_qp.o siw_qp_tx.o siw_qp_rx.o siw_verbs.o" > "$tree/$source/Makefile"
+	chroot "$tree" make -s -C "/usr/src/linux-headers-$2" M="/$source" CONFIG_DEBUG_INFO_BTF_MODULES= modules
+	mkdir "$1/lib/modules/$2/updates"
+	cp "$tree/$source/siw.ko" "$1/lib/modules/$2/updates/"
 }
 
 # needed ROOT VERSION MODULE...: the files of the modules and of all they need, in the order to load them.
@@ -117,6 +131,7 @@ build_guest() {
 	mv "$root"/boot/vmlinuz-* "$work/vmlinuz" 2> /dev/null || mv "$root/lib/modules/$version/vmlinuz" "$work/vmlinuz"
 	if [ "$1" = arm64 ]; then mv "$work/vmlinuz" "$image/kernel"; else extract "$work/vmlinuz" > "$image/kernel"; fi
 	rm -rf "$root"/boot/* "$root/lib/modules/$version/System.map"
+	[ "$1" != 6.12 ] || build_siw "$root" "$version" >&2
 	keep_modules "$root" "$version"
 	make_initrd "$root" "$version" "$work/initrd" > "$image/initrd"
 	ln -sf mawk "$root/usr/bin/awk"

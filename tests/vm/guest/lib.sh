@@ -5,11 +5,12 @@
 #
 # A step passes when none of its commands fails; a step that fails ends its script, after what its
 # commands, the target and the kernel said. Scripts start their own target, with nothing in it.
-# The variable transport, tcp or rdma, says by which way everything goes; no script has two ways.
+# The variable transport, tcp or rdma, says by which way everything goes; no script has two ways. The variable soft,
+# rxe or siw, is the kind of RDMA device: soft-RoCE or soft-iWARP.
 set -eEuo pipefail
 shopt -s inherit_errexit
 
-transport=${transport:-tcp}
+transport=${transport:-tcp} soft=${soft:-rxe}
 script=$(basename "$0" .sh) script=$transport/${script#*-} step=setup
 mkdir -p "/data/$script"
 cd "/data/$script"
@@ -65,9 +66,9 @@ trap finish EXIT
 ethernet() {
 	ip link set $1 mtu 9000 up
 	ip addr replace $2/24 dev $1
-	[ $transport = rdma ] && [ ! -e /sys/class/infiniband/rxe0 ] || return 0
-	modprobe -a rdma_rxe rdma_ucm ib_uverbs nvme_rdma
-	rdma link add rxe0 type rxe netdev $1
+	[ $transport = rdma ] && [ ! -e /sys/class/infiniband/soft0 ] || return 0
+	modprobe -a ${soft/rxe/rdma_rxe} rdma_ucm ib_uverbs nvme_rdma
+	rdma link add soft0 type $soft netdev $1
 }
 
 # peer COMMAND...: done by the other guest, in its own copy of this shell.
@@ -109,7 +110,8 @@ insert_drive() { echo "device_add $(grep ",serial=$1," /vm/drives)" > /dev/monit
 # ---- the target
 
 ip=127.0.0.1 io=4420 discovery=8009
-# largest is the largest payload of one command: the kernel's host has no limit over TCP, and 1 MiB over RDMA.
+# largest is the largest payload of one command: the kernel's host has no limit over TCP, and 1 MiB over RDMA, less a
+# page over soft-iWARP.
 largest=$((16 << 20))
 # Where there are two guests, the target is in the peer.
 if [ -e /dev/peer ]; then
@@ -121,7 +123,10 @@ elif [ $transport = rdma ]; then
 	ip link set veth1 mtu 9000 up
 	ethernet veth0 $ip
 fi
-[ $transport = tcp ] || discovery=$io largest=$((1 << 20))
+case $transport$soft in
+rdmarxe) discovery=$io largest=$((1 << 20)) ;;
+rdmasiw) discovery=$io largest=$((1020 << 10)) ;;
+esac
 disks=nqn.2026-11.dev.kvof:disks   # namespace 1: KV; 2 and 3: block, with LBAs of 512 and 4096 bytes
 memory=nqn.2026-11.dev.kvof:memory # namespace 1: KV, values up to 512 KiB; 2: block
 

@@ -5,6 +5,10 @@
 //	    FILE holds, or gets, the LENGTH bytes of data, by the direction in the opcode
 //	helper engine DEVICE read|write SIZE DEPTH SECONDS [block] [poll] [whole]
 //	    measures kvof's engine on a drive; see engine
+//	helper rdma-connect HOST:PORT PRIVATE_DATA
+//	    asks for an RDMA connection with private data, in hexadecimal, and prints "accepted CRQSIZE" or "refused STATUS"
+//	helper rdma-wrong-key HOST:PORT N
+//	    N times, sends a Connect whose data has a key that was never given out, and waits for the connection's end
 //	helper uevents
 //	    prints the kernel's uevents, one per line, until it is killed
 package main
@@ -22,7 +26,8 @@ import (
 )
 
 func main() {
-	run := map[string]func(args []string) error{"uring-cmd": uringCmd, "uevents": uevents, "engine": engine}[os.Args[1]]
+	run := map[string]func(args []string) error{"uring-cmd": uringCmd, "engine": engine, "rdma-connect": rdmaConnect,
+		"rdma-wrong-key": rdmaWrongKey, "uevents": uevents}[os.Args[1]]
 	if err := run(os.Args[2:]); err != nil {
 		fmt.Fprintln(os.Stderr, "helper:", err)
 		os.Exit(1)

@@ -1,0 +1,127 @@
+package main
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strconv"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kvof/kvof/nvmeof"
+	"github.com/kvof/kvof/rdma"
+)
+
+// dial opens a queue pair to HOST:PORT with this private data, and room for one command and its response.
+func dial(peer string, private []byte) (id rdma.ID, qp rdma.QP, ch rdma.Channel, answer rdma.ConnParam, err error) {
+	addr, err := netip.ParseAddrPort(peer)
+	if err != nil {
+		return
+	}
+	v, err := rdma.System()
+	if err != nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	if id, err = v.Resolve(ctx, netip.Addr{}, addr); err != nil {
+		return
+	}
+	if ch, err = id.Device().NewChannel(); err != nil {
+		return
+	}
+	cq, err := ch.NewCQ(64)
+	if err != nil {
+		return
+	}
+	if qp, err = id.CreateQP(rdma.QPAttr{SendCQ: cq, RecvCQ: cq, RecvDepth: 32, SendDepth: 32, SendSGE: 1}); err != nil {
+		return
+	}
+	answer, err = id.Connect(ctx, rdma.ConnParam{Private: private, InitiatorDepth: 1, ResponderResources: 1})
+	return
+}
+
+// rdmaConnect prints "accepted CRQSIZE", or "refused STATUS" with the status in the private data of the refusal.
+func rdmaConnect(args []string) error {
+	if len(args) != 2 {
+		return errors.New("rdma-connect takes HOST:PORT and private data in hexadecimal")
+	}
+	private, err := hex.DecodeString(args[1])
+	if err != nil {
+		return err
+	}
+	_, _, _, answer, err := dial(args[0], private)
+	if refused := (*rdma.RejectedError)(nil); errors.As(err, &refused) {
+		fmt.Println("refused", uint16(nvmeof.DecodeRDMAReject(refused.Private)))
+		return nil
+	} else if err != nil {
+		return err
+	}
+	crqsize, err := nvmeof.DecodeRDMAAccept(answer.Private)
+	if err == nil {
+		fmt.Println("accepted", crqsize)
+	}
+	return err
+}
+
+// rdmaWrongKey sends a Connect whose data has a key that was never given out, and waits for the queue pair's end.
+func rdmaWrongKey(args []string) error {
+	if len(args) != 2 {
+		return errors.New("rdma-wrong-key takes HOST:PORT and a number of connections")
+	}
+	times, err := strconv.Atoi(args[1])
+	if err != nil {
+		return err
+	}
+	for range times {
+		if err := wrongKey(args[0]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func wrongKey(peer string) error {
+	private := make([]byte, nvmeof.RDMARequestSize)
+	(&nvmeof.RDMARequest{HRQSIZE: 32, HSQSIZE: 31}).Encode(private)
+	id, qp, ch, _, err := dial(peer, private)
+	if err != nil {
+		return err
+	}
+	mem, err := unix.Mmap(-1, 0, 8192, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return err
+	}
+	region, err := id.Device().Register(mem, rdma.RemoteRead)
+	if err != nil {
+		return err
+	}
+	capsule, response, data := mem[:64], mem[64:80], mem[4096:]
+	s, key := region.Split(data)
+	cmd := nvmeof.MakeConnect(0, 0, 31, nvmeof.CATTRNoFlowControl, 0)
+	cmd.SetSGL(nvmeof.MakeKeyedSGL(nvmeof.SGLKeyed, s.Addr, nvmeof.ConnectDataSize, key^0x5a5a))
+	copy(capsule, cmd[:])
+	var b rdma.Batch
+	b.Recv(qp)
+	s, _ = region.Split(response)
+	b.Add(rdma.WR{ID: 1}, s)
+	b.Send(qp)
+	s, _ = region.Split(capsule)
+	b.Add(rdma.WR{ID: 2, Op: rdma.OpSend, Flags: rdma.FlagSignaled}, s)
+	var wc [2]rdma.WC
+	for n := ch.Turn(&b, wc[:]); ; n = ch.Turn(nil, wc[:]) {
+		for _, w := range wc[:n] {
+			if w.ID == 1 && w.Status == rdma.WCSuccess {
+				return errors.New("the command was answered")
+			}
+		}
+		select {
+		case <-id.Ended():
+			return nil
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
