@@ -59,12 +59,10 @@ static int post_sends(struct kvof_chain *c, struct kvof_wr *wrs, struct ibv_sge 
 			s->send_flags = w->flags;
 			s->sg_list = &sges[w->sge];
 			s->num_sge = w->num_sge;
-			if (w->op == IBV_WR_SEND_WITH_INV) {
+			if (w->op == IBV_WR_SEND_WITH_INV)
 				s->invalidate_rkey = w->rkey;
-			} else {
-				s->wr.rdma.remote_addr = w->remote;
-				s->wr.rdma.rkey = w->rkey;
-			}
+			s->wr.rdma.remote_addr = w->remote;
+			s->wr.rdma.rkey = w->rkey; // of SEND_WITH_INV too: siw takes the key from here
 			s->next = &chunk[n + 1];
 		}
 		chunk[n - 1].next = NULL;
@@ -72,7 +70,7 @@ static int post_sends(struct kvof_chain *c, struct kvof_wr *wrs, struct ibv_sge 
 		int err = ibv_post_send((struct ibv_qp *)c->queue, chunk, &bad);
 		if (err) {
 			c->posted += bad ? bad - chunk : 0;
-			return err < 0 ? errno : err;
+			return err < 0 ? -err : err; // siw's errors are negative
 		}
 		c->posted += n;
 	}
@@ -93,7 +91,7 @@ static int post_recvs(struct kvof_chain *c, struct kvof_wr *wrs, struct ibv_sge 
 			: ibv_post_recv((struct ibv_qp *)c->queue, chunk, &bad);
 		if (err) {
 			c->posted += bad ? bad - chunk : 0;
-			return err < 0 ? errno : err;
+			return err < 0 ? -err : err; // siw's errors are negative
 		}
 		c->posted += n;
 	}
@@ -120,7 +118,7 @@ int kvof_arm(uintptr_t *cqs, int ncqs) {
 	for (int i = 0; i < ncqs; i++) {
 		int err = ibv_req_notify_cq((struct ibv_cq *)cqs[i], 0);
 		if (err)
-			return err < 0 ? errno : err;
+			return err < 0 ? -err : err; // siw's errors are negative
 	}
 	return 0;
 }
