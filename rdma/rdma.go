@@ -111,7 +111,6 @@ type Caps struct {
 	MaxSRQWR          int    // receives of one
 	MaxSRQSGE         int    // SGEs of one of those
 	FirmwareVersion   string // for people
-	PortState         string // of port 1: "active", "down" or another; for people
 	ActiveMTU         int    // bytes; of port 1
 	LinkLayer         string // "Ethernet" or "InfiniBand"
 	ProviderTransport string // "RoCE", "iWARP" or "InfiniBand"
@@ -134,6 +133,8 @@ const (
 type Device interface {
 	Name() string
 	Caps() *Caps
+	// Port is the state of the device's port now, such as "active" or "down"; "gone" when the device is.
+	Port() string
 	// Register makes memory, off the Go heap, known to the device and pins it, until the Region is closed. It takes
 	// seconds per GiB the first time the memory is touched.
 	Register(mem []byte, access Access) (*Region, error)

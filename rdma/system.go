@@ -657,7 +657,7 @@ func makeCaps(a *C.struct_kvof_attr) Caps {
 		MaxSGE: int(a.max_sge), MaxSGERead: int(a.max_sge_rd), MaxCQE: int(a.max_cqe), MaxMRSize: uint64(a.max_mr_size),
 		MaxMessage: uint64(a.max_msg), MaxInitiator: int(a.max_initiator), MaxResponder: int(a.max_responder), MaxSRQ: int(a.max_srq),
 		MaxSRQWR: int(a.max_srq_wr), MaxSRQSGE: int(a.max_srq_sge), FirmwareVersion: C.GoString(&a.firmware[0]), ActiveMTU: int(a.mtu),
-		PortState: portState(uint32(a.port_state)), LinkLayer: "Ethernet", ProviderTransport: "RoCE"}
+		LinkLayer: "Ethernet", ProviderTransport: "RoCE"}
 	switch {
 	case c.IWARP:
 		c.ProviderTransport, c.MaxSGERead = "iWARP", 1
@@ -717,8 +717,17 @@ func (d *device) watch() {
 	}
 }
 
-func (d *device) Name() string         { return d.name }
-func (d *device) Caps() *Caps          { return &d.caps }
+func (d *device) Name() string { return d.name }
+func (d *device) Caps() *Caps  { return &d.caps }
+
+func (d *device) Port() string {
+	var a C.struct_kvof_attr
+	if C.kvof_query(d.ctx, &a) != 0 {
+		return "gone"
+	}
+	return portState(uint32(a.port_state))
+}
+
 func (d *device) Events() <-chan Event { return d.events }
 
 func (d *device) Register(mem []byte, access Access) (*Region, error) {
@@ -869,9 +878,7 @@ func (c *channel) Wait() error {
 	case c.rc < 0:
 		return syscall.Errno(-c.rc)
 	}
-	for C.kvof_cq_event(c.ch) > 0 { // those of other queues
-	}
-	return nil
+	return nil // the events of other queues make the next Wait short
 }
 
 func (c *channel) Wake() { _ = c.fd.file.SetReadDeadline(time.Unix(1, 0)) }

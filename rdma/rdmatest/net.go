@@ -45,7 +45,7 @@ type Faults struct {
 // DefaultCaps are those of a modest device.
 func DefaultCaps() rdma.Caps {
 	return rdma.Caps{SendInvalidate: true, MaxQP: 4096, MaxQPWR: 1024, MaxSGE: 16, MaxSGERead: 16, MaxCQE: 1 << 16, MaxMRSize: 1 << 40, MaxMessage: 1 << 31,
-		MaxInitiator: 16, MaxResponder: 16, MaxSRQ: 64, MaxSRQWR: 4096, MaxSRQSGE: 4, PortState: "active", ActiveMTU: 1024, LinkLayer: "Ethernet", ProviderTransport: "RoCE"}
+		MaxInitiator: 16, MaxResponder: 16, MaxSRQ: 64, MaxSRQWR: 4096, MaxSRQSGE: 4, ActiveMTU: 1024, LinkLayer: "Ethernet", ProviderTransport: "RoCE"}
 }
 
 // New returns a network without devices.
@@ -120,6 +120,9 @@ func (d *Device) Name() string { return d.name }
 
 // Caps implements rdma.Device.
 func (d *Device) Caps() *rdma.Caps { return &d.caps }
+
+// Port implements rdma.Device.
+func (d *Device) Port() string { return "active" }
 
 // Events implements rdma.Device.
 func (d *Device) Events() <-chan rdma.Event { return d.events }

@@ -46,6 +46,7 @@ func newNullDevice() *nullDevice {
 
 func (d *nullDevice) Name() string                          { return "null0" }
 func (d *nullDevice) Caps() *rdma.Caps                      { return &d.caps }
+func (d *nullDevice) Port() string                          { return "active" }
 func (d *nullDevice) Close() error                          { return nil }
 func (d *nullDevice) Events() <-chan rdma.Event             { return nil }
 func (d *nullDevice) NewChannel() (rdma.Channel, error)     { return (*nullChannel)(d), nil }

@@ -68,7 +68,7 @@ func newDevice(t *Transport, dev rdma.Device) (*device, error) {
 	}
 	d.watched.Add(1)
 	go d.watch()
-	t.log.Info("RDMA device in use", "device", dev.Name(), "transport", d.caps.ProviderTransport, "port", d.caps.PortState, "mtu", d.caps.ActiveMTU,
+	t.log.Info("RDMA device in use", "device", dev.Name(), "transport", d.caps.ProviderTransport, "port", dev.Port(), "mtu", d.caps.ActiveMTU,
 		"lanes", len(d.lanes), "srq", d.caps.MaxSRQ > 0, "send_invalidate", d.caps.SendInvalidate)
 	return d, nil
 }
@@ -188,7 +188,7 @@ func (d *device) close() error {
 }
 
 func (d *device) status() target.FabricStatus {
-	s := target.FabricStatus{Device: d.dev.Name(), Transport: d.caps.ProviderTransport, Port: d.caps.PortState, MTU: d.caps.ActiveMTU, Lanes: len(d.lanes),
+	s := target.FabricStatus{Device: d.dev.Name(), Transport: d.caps.ProviderTransport, Port: d.dev.Port(), MTU: d.caps.ActiveMTU, Lanes: len(d.lanes),
 		Memory: d.memory.Load(), Registrations: d.registers.Load(), Commands: d.commands.Load(), Completions: d.completions.Load(), Turns: d.turns.Load(), Sleeps: d.sleeps.Load()}
 	for _, r := range *d.regions.Load() {
 		s.Registered += int64(r.Len())
