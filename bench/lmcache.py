@@ -1,8 +1,11 @@
 #!/usr/bin/env python3
-"""LMCache's own `bench l2` with the kvof connector and with LMCache's Redis adapter, in turn: A B A B.
+"""LMCache's own `bench l2` with the kvof connector and with a peer, in turn: A B A B.
 
     make build shim
-    $(shim/python/tests/venv.sh) bench/lmcache.py
+    $(shim/python/tests/venv.sh) bench/lmcache.py redis            # LMCache's Redis adapter
+    MOONCAKE=folder $(shim/python/tests/venv.sh) bench/lmcache.py mooncake
+
+The folder is one that pip install --no-deps --target=folder mooncake-transfer-engine-non-cuda has made.
 
 16 MiB values, 80 of them in a batch, the server on core 0 and LMCache on core 1, over loopback TCP; every run with a fresh server in memory,
 all of which is written once before: the first touch of memory is dear in virtual machines.
@@ -12,6 +15,7 @@ Prints Markdown for RESULTS.md.
 import json
 import os
 import re
+import signal
 import socket
 import statistics
 import subprocess
@@ -87,6 +91,39 @@ def redis(folder: str, port: int):
     return server, {"type": "resp", "host": "127.0.0.1", "port": port}, warm
 
 
+def mooncake(folder: str, port: int):
+    """Its master, and a client that lends its memory, touched when it is registered."""
+    at, client = os.environ["MOONCAKE"], free_port()
+    os.environ["PYTHONPATH"] += f":{at}:{ROOT / 'bench'}"
+    server = (
+        f"{at}/mooncake/mooncake_master --rpc_port={port} --enable_http_metadata_server=false & sleep 1; exec {at}/mooncake/mooncake_client --host=127.0.0.1 --port={client} "
+        f"--protocol=tcp --metadata_server=P2PHANDSHAKE --master_server_address=127.0.0.1:{port} --global_segment_size='{NEEDED * 5 // 4 >> 30} GB'")
+    spec = {
+        "type": "native_plugin", "module_path": "mooncake_connector", "class_name": "Connector",
+        "adapter_params": {"master": f"127.0.0.1:{port}", "host": f"127.0.0.1:{free_port()}"}}
+
+    def warm():
+        subprocess.run(["taskset", "-c", "1", sys.executable, "-c", WARM_MOONCAKE, spec["adapter_params"]["master"], str(NEEDED * 9 // 8 // len(VALUE))], check=True)
+
+    return ["sh", "-c", server], spec, warm
+
+
+WARM_MOONCAKE = """
+import ctypes, sys, time
+from mooncake.store import MooncakeDistributedStore
+time.sleep(5)
+store, value = MooncakeDistributedStore(), bytearray(16 << 20)
+assert store.setup("127.0.0.1", "P2PHANDSHAKE", 0, 64 << 20, "tcp", "", sys.argv[1]) == 0
+at = ctypes.addressof(ctypes.c_char.from_buffer(value))
+store.register_buffer(at, len(value))
+for i in range(int(sys.argv[2])):
+    assert store.put_from(f"warm{i}", at, len(value)) == 0
+time.sleep(6)  # leases
+assert store.remove_all() >= 0
+store.close()
+"""
+
+
 def run(peer) -> dict[str, float]:
     """MB/s of Store and Load, and ms of a Lookup of 80 keys."""
     with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +131,7 @@ def run(peer) -> dict[str, float]:
         command, spec, warm = peer(folder, port)
         server = subprocess.Popen(
             ["taskset", "-c", "0", *command], stdout=subprocess.DEVNULL,
-            env=os.environ | {"MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1"})  # redis keeps what it has freed
+            start_new_session=True, env=os.environ | {"MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1"})  # redis keeps what it has freed
         try:
             for _ in range(200):
                 try:
@@ -108,7 +145,7 @@ def run(peer) -> dict[str, float]:
                  "--data-size-kb", str(KIB), "--rounds", str(ROUNDS), "--warmup-rounds", str(WARMUP), "--lookup-max-hit-rate", "1"],
                 capture_output=True, text=True, check=True).stdout
         finally:
-            server.kill()
+            os.killpg(server.pid, signal.SIGKILL)
             server.wait()
     result = {}
     for name, unit in (("Store", "Throughput avg (MB/s)"), ("Load", "Throughput avg (MB/s)"), ("Lookup", "Duration p50 (ms)")):
@@ -120,7 +157,7 @@ def run(peer) -> dict[str, float]:
 
 
 def main() -> None:
-    peers = {"kvof": kvof, "LMCache's Redis adapter, redis 7.0": redis}
+    peers = {"kvof": kvof} | {"redis": {"LMCache's Redis adapter, redis 7.0": redis}, "mooncake": {"Mooncake's store over TCP": mooncake}}[sys.argv[1]]
     results = {name: [] for name in peers}
     for i in range(PAIRS):
         for name, peer in peers.items():
@@ -130,11 +167,11 @@ def main() -> None:
     for name, runs in results.items():
         cells = [f"{statistics.median(r[op] for r in runs):.0f} ({min(r[op] for r in runs):.0f}-{max(r[op] for r in runs):.0f})" for op in ("Store", "Load")]
         print(f"| {name} | {' | '.join(cells)} | {statistics.median(r['Lookup'] for r in runs):.2f} |")
-    print("\n| kvof / Redis, by pair | median | min | max | wanted |\n|---|---|---|---|---|")
+    print("\n| MB/s, by pair | median | min | max | wanted |\n|---|---|---|---|---|")
     a, b = results.values()
     for op in ("Store", "Load"):
         ratios = [x[op] / y[op] for x, y in zip(a, b)]
-        print(f"| {op} | **{statistics.median(ratios):.2f}** | {min(ratios):.2f} | {max(ratios):.2f} | more than 1.0 |")
+        print(f"| {op}, kvof / {sys.argv[1]} | **{statistics.median(ratios):.2f}** | {min(ratios):.2f} | {max(ratios):.2f} | more than 1.0 |")
 
 
 main()

@@ -24,7 +24,7 @@ class Agent:
     def __init__(self, backend="KVOF", memory=64 * MIB, **params):
         self.backend = backend
         self.name = f"agent{time.time_ns()}"
-        self.agent = nixl.nixl_agent(self.name, nixl.nixl_agent_config(backends=[]))
+        self.agent = nixl.nixl_agent(self.name, nixl.nixl_agent_config(backends=[], capture_telemetry=True))
         self.agent.create_backend(backend, {k: str(v) for k, v in params.items()})
         self.memory = bytearray(memory)
         self.base = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
