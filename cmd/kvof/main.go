@@ -91,6 +91,7 @@ func newRootCommand() *cobra.Command {
 		newDeleteCommand(),
 		newSweepCommand(),
 		newBenchCommand(),
+		newReplayCommand(),
 		newPinCommand(),
 		newUnpinCommand(),
 	)
