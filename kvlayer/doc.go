@@ -1,12 +1,14 @@
-// Package kvlayer is the store under a Key Value namespace: values of 0 B to
-// 64 MiB under keys of 1 to 16 bytes, in a log of segments on one device, with
-// the index in memory.
+// Package kvlayer is the store under Key Value namespaces: values of 0 B to
+// 64 MiB under keys of 1 to 16 bytes, in logs of segments on a pool of devices,
+// with the index in memory. A Store is one tenant of a Pool, with a policy of its
+// own for what is evicted when the pool is full; Open makes a pool of one device
+// with one Store.
 //
 // # What survives
 //
 // Nothing here depends on a clean shutdown. After the process is killed, every
-// Store, replacement and Delete that had completed is there; one that was under
-// way is there whole or not at all.
+// Store, replacement and Delete that had completed is there, unless it was
+// evicted; one that was under way is there whole or not at all.
 //
 // After a power cut, the same holds for what a later Flush covered, and for
 // everything on a drive without a volatile write cache. What had not been
@@ -14,8 +16,8 @@
 // Retrieve return wrong bytes: every byte is verified against the checksums of
 // its value on the way out, and the answer is ErrCorrupt instead.
 //
-// The layout, its invariants and what is deliberately simple are in
-// docs/kvlayer.md.
+// The layout, its invariants, how room is made and what is deliberately simple are
+// in docs/kvlayer.md.
 //
 // # Concurrency
 //

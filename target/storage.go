@@ -122,6 +122,9 @@ func (s *storages) report(name string, log *slog.Logger) func(done, total int) {
 	}
 }
 
+// OnOpening has f told now and then how far the opening of a store has come, in segments. Before Apply.
+func (t *Target) OnOpening(f func(pool string, done, total int)) { t.pool.storages.progress = f }
+
 // release ends a namespace's use of its storage.
 func (p *pool) release(st *storage) error {
 	s := &p.storages

@@ -104,6 +104,9 @@ func serve(ctx context.Context, path string) (err error) {
 	}
 	defer manage.Close()
 	s.notify.Status("opening namespaces")
+	s.target.OnOpening(func(pool string, done, total int) {
+		s.notify.Status(strings.TrimSpace(fmt.Sprintf("opening a store: %d of %d segments %s", done, total, pool)))
+	})
 	if err := s.target.Apply(s.cfg); err != nil {
 		return err
 	}
