@@ -4,6 +4,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
+
 	"github.com/kvof/kvof/configs"
 	"github.com/kvof/kvof/nvmeof"
 )
@@ -71,5 +73,50 @@ func TestEndWhilePulling(t *testing.T) {
 				t.Errorf("%d controllers are left", n)
 			}
 		})
+	}
+}
+
+// Two subsystems share a pool, which gets a second device under way: values stay, and there is more room.
+func TestPoolGrows(t *testing.T) {
+	dir := t.TempDir()
+	config := func(devices ...string) *configs.Config {
+		c := serving(configs.Namespace{NSID: 1, Type: configs.KeyValue, Pool: "p", UUID: uuid.UUID{1}, MaxValue: 1 << 20, Eviction: configs.EvictNever})
+		other := c.Subsystems[0]
+		other.NQN += "2"
+		other.Namespaces = []configs.Namespace{{NSID: 1, Type: configs.KeyValue, Pool: "p", UUID: uuid.UUID{2}, MaxValue: 1 << 20, Share: 4 << 20}}
+		c.Subsystems = append(c.Subsystems, other)
+		c.Pools = []configs.Pool{{Name: "p", Device: configs.DeviceFile, Size: 32 << 20}}
+		for _, d := range devices {
+			c.Pools[0].Devices = append(c.Pools[0].Devices, dir+d)
+		}
+		return c
+	}
+	tg, _ := newTarget(t, 8<<20, config("/a"))
+	_, io := ready(t, tg, testNQN)
+	if st := io.do(store("key", 100000), 100000, make([]byte, 100000), false).cqe.Status(); st != nvmeof.Success {
+		t.Fatal(st)
+	}
+	before := tg.Status().Pools[0]
+	if err := tg.Apply(config("/a", "/b")); err != nil {
+		t.Fatal(err)
+	}
+	after := tg.Status().Pools[0]
+	if len(before.Devices) != 1 || len(after.Devices) != 2 || after.Capacity < 2*before.Capacity || after.Devices[0].Live < 100000 {
+		t.Errorf("before %+v, after %+v", before, after)
+	}
+	var exist nvmeof.Command
+	exist.SetHeader(nvmeof.OpExist, 8, 1)
+	exist.SetKey([]byte("key"))
+	if st := io.do(exist, 0, nil, false).cqe.Status(); st != nvmeof.Success {
+		t.Errorf("the value after that: %v", st)
+	}
+	if err := tg.Pin(testNQN, 1, []byte("key"), true); err != nil {
+		t.Error(err)
+	}
+	if err := tg.Pin(testNQN+"2", 1, []byte("key"), true); err == nil {
+		t.Error("a key of another tenant was pinned")
+	}
+	if err := tg.Apply(&configs.Config{}); err != nil || len(tg.Status().Pools) != 0 {
+		t.Errorf("without the subsystems: %v, %+v", err, tg.Status().Pools)
 	}
 }
