@@ -3,7 +3,7 @@ RDMA := $(shell printf '\043include <rdma/rdma_cma.h>' | gcc -E -x c - > /dev/nu
 # giouring reaches into the syscall package by linkname, which Go links only when told so.
 export GOFLAGS := -ldflags=-checklinkname=0$(if $(RDMA), -tags=rdma)
 
-KERNELS := 6.1 latest arm64
+KERNELS := 6.1 6.12 latest arm64
 # For each fuzz target, in executions.
 FUZZTIME := 10000x
 

@@ -7,6 +7,9 @@ drives=(-d size=2G,lba=4096 -d size=2G,mdts=3 -d lba=4096,fdp=4 -d bad=204800)
 all=(tests/vm/scripts/*.sh)
 pair=(tests/vm/pair/*.sh)
 
+# scripts NUMBER...: those of them.
+scripts() { for number; do echo tests/vm/scripts/"$number"-*.sh; done; }
+
 # guest NAME ARGUMENT...: one run of run.sh.
 guest() {
 	local name=$1
@@ -17,12 +20,13 @@ guest() {
 
 rm -f bin/vm-*.log
 {
-	guest linux-6.1 -t 1500 "${drives[@]}" 6.1 "${all[@]}" transport=rdma "${all[@]}"
-	guest arm64 -t 300 "${drives[@]}" arm64 transport=rdma tests/vm/scripts/25-drives.sh
+	guest linux-6.1 -t 1500 "${drives[@]}" 6.1 "${all[@]}" transport=rdma $(scripts 10 25 30 55 60 70 90)
+	guest soft-iwarp -t 600 6.12 transport=rdma soft=siw $(scripts 10 30 50)
+	guest arm64 -t 600 "${drives[@]}" arm64 transport=rdma $(scripts 25)
 } &
 {
 	guest linux-latest -t 1500 "${drives[@]}" latest "${all[@]}" transport=rdma "${all[@]}"
-	guest pair -t 600 -2 latest "${pair[@]}" transport=rdma "${pair[@]}"
+	guest two -t 900 -2 latest "${pair[@]}" transport=rdma "${pair[@]}"
 } &
 wait
 
