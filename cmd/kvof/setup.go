@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -92,10 +91,8 @@ func setup(o setupOptions, out, story io.Writer) error {
 	for _, p := range ports {
 		fmt.Fprintf(story, "%s: %s at %s\n", p.device, p.netdev, p.addr)
 	}
-	for _, d := range drives {
-		if err := prepareDrive(d, o, story); err != nil {
-			return err
-		}
+	if err := prepareDrives(drives, o, story); err != nil {
+		return err
 	}
 	text := setupConfig(o, m, drives, ports)
 	if _, err := configs.Parse("the configuration made", []byte(text)); err != nil {
@@ -204,59 +201,61 @@ func (r deviceReader) ReadAt(b []byte, off int64) (n int, err error) {
 	return n, nil
 }
 
-// prepareDrive takes hold of a drive, erases it if it is to be, and makes a store on it where one is wanted.
-func prepareDrive(c chosenDrive, o setupOptions, story io.Writer) (err error) {
-	arena, err := uring.NewArena(16 << 20)
+// prepareDrives takes hold of the drives, erases those that are to be, and makes a pool of them where one is wanted.
+func prepareDrives(drives []chosenDrive, o setupOptions, story io.Writer) (err error) {
+	arena, err := uring.NewArena((16 + len(drives)) << 20)
 	if err != nil {
 		return err
 	}
 	defer func() { err = cmp.Or(err, arena.Close()) }()
-	d, err := uring.OpenNVMe(c.Path, uring.NVMeOptions{Arena: arena})
-	if err != nil {
-		return err
-	}
-	erased := false
+	var devs []uring.Device
+	var erased []string
 	defer func() {
-		err = cmp.Or(err, d.Close())
-		if erased {
-			rereadPartitions(c.Block) // which nobody can while it is held
+		for _, d := range devs {
+			err = cmp.Or(err, d.Close())
+		}
+		for _, block := range erased {
+			rereadPartitions(block) // which nobody can while it is held
 		}
 	}()
-	// Nobody else can change it from here on.
-	contents, err := contentsOf(deviceReader{d, arena}, d.Size())
-	if err != nil {
-		return err
-	}
-	if contents != c.Contents {
-		return fmt.Errorf("%s held %s and now holds %s: somebody else uses it", c.Path, c.Contents, contents)
-	}
-	if c.wipe && contents != contentsEmpty {
-		fmt.Fprintf(story, "%s: erasing %s\n", c.Path, contents)
-		if err := erase(d); err != nil {
-			return err
-		}
-		erased, contents = true, contentsEmpty
-	}
-	if o.kind == string(configs.KeyValue) {
-		s, err := kvlayer.Open(d, arena, kvlayer.Options{MaxValue: kvlayer.MaxValue, Log: slog.New(slog.DiscardHandler)})
+	for i := range drives {
+		c := &drives[i]
+		d, err := uring.OpenNVMe(c.Path, uring.NVMeOptions{Arena: arena})
 		if err != nil {
-			return fmt.Errorf("%s: %w", c.Path, err)
-		}
-		keys := s.Stats().Keys
-		if err := s.Close(); err != nil {
 			return err
 		}
-		verb := "made"
-		if contents == contentsKvof {
-			verb = "kept"
+		devs = append(devs, d)
+		// Nobody else can change it from here on.
+		contents, err := contentsOf(deviceReader{d, arena}, d.Size())
+		if err != nil {
+			return err
 		}
-		fmt.Fprintf(story, "%s: %s a store, %s\n", c.Path, verb, plural(keys, "key"))
+		if contents != c.Contents {
+			return fmt.Errorf("%s held %s and now holds %s: somebody else uses it", c.Path, c.Contents, contents)
+		}
 	}
-	return nil
+	for i, c := range drives {
+		if c.wipe && c.Contents != contentsEmpty {
+			fmt.Fprintf(story, "%s: erasing %s\n", c.Path, c.Contents)
+			if err := erase(devs[i]); err != nil {
+				return err
+			}
+			erased = append(erased, c.Block)
+		}
+	}
+	if o.kind != string(configs.KeyValue) {
+		return nil
+	}
+	p, err := kvlayer.OpenPool(devs, arena, kvlayer.PoolOptions{})
+	if err != nil {
+		return fmt.Errorf("%w; to begin anew name the drives with --wipe", err)
+	}
+	fmt.Fprintf(story, "a pool of %s, %s\n", plural(len(devs), "drive"), humanize.IBytes(uint64(p.Capacity())))
+	return p.Close()
 }
 
 // erase deallocates the whole drive and writes zeroes over both its ends, where everything begins.
-func erase(d *uring.NVMe) error {
+func erase(d uring.Device) error {
 	n := min(edge, d.Size())
 	for _, op := range []*uring.Op{
 		{Kind: uring.OpDiscard, Len: d.Size()},
@@ -375,7 +374,12 @@ func addressOf(netdev string) (best netip.Addr, err error) {
 	return best, nil
 }
 
-// setupConfig is the configuration that serves the drives.
+// label is a drive for a comment.
+func (c *chosenDrive) label() string {
+	return fmt.Sprintf("%s %s, serial number %s", humanize.IBytes(uint64(c.Size)), quoteUnprintable(c.Model), quoteUnprintable(c.Serial))
+}
+
+// setupConfig is the configuration that serves the drives: as one pool for context blocks, or each as a disk.
 func setupConfig(o setupOptions, m machine, drives []chosenDrive, ports []rdmaPort) string {
 	var b strings.Builder
 	p := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
@@ -386,15 +390,26 @@ func setupConfig(o setupOptions, m machine, drives []chosenDrive, ports []rdmaPo
 		p("\n# %s, at %s\n[[listener]]\ntransport = \"rdma\"\naddress = \"%s\"", r.device, r.netdev, netip.AddrPortFrom(r.addr, 4420))
 	}
 	p("\n[discovery]\naddress = [\"%s\"]", netip.AddrPortFrom(o.listen, 8009))
+	kv := o.kind == string(configs.KeyValue)
+	if kv {
+		p("\n# One capacity over all drives; adding one to the list makes it larger.\n[[pool]]\nname = \"drives\"\ndevice = \"nvme\"\ndevices = [")
+		for _, d := range drives {
+			p("    %q,  # %s", cmp.Or(d.Link, d.Path), d.label())
+		}
+		p("]")
+	}
 	p("\n[[subsystem]]\nnqn = %q", o.nqn)
 	if len(o.hosts) > 0 {
 		p("hosts = [\"%s\"]", strings.Join(o.hosts, `", "`))
 	} else {
 		p("allow_any_host = true  # or hosts = [\"NQN\", ...]: those that may connect")
 	}
+	if kv {
+		p("\n[[subsystem.namespace]]\nnsid = 1\ntype = \"kv\"\npool = \"drives\"")
+		return b.String()
+	}
 	for i, d := range drives {
-		p("\n# %s %s, serial number %s\n[[subsystem.namespace]]", humanize.IBytes(uint64(d.Size)), quoteUnprintable(d.Model), quoteUnprintable(d.Serial))
-		p("nsid = %d\ntype = %q\ndevice = \"nvme\"\npath = %q", i+1, o.kind, cmp.Or(d.Link, d.Path))
+		p("\n# %s\n[[subsystem.namespace]]\nnsid = %d\ntype = \"block\"\ndevice = \"nvme\"\npath = %q", d.label(), i+1, cmp.Or(d.Link, d.Path))
 	}
 	return b.String()
 }

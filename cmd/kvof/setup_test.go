@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -49,13 +50,14 @@ func TestSetupConfig(t *testing.T) {
 	}
 	s := c.Subsystems[0]
 	if c.Memory.Arena != 4<<30 || len(c.Listeners) != 3 || c.Listeners[2].Address.String() != "[2001:db8::1]:4420" || s.NQN != o.nqn || len(s.Hosts) != 2 ||
-		len(s.Namespaces) != 2 || s.Namespaces[0].Path != "/dev/ng0n1" || s.Namespaces[1].Path != "/dev/disk/by-id/nvme-M_S" || s.Namespaces[1].Device != configs.DeviceNVMe {
+		len(s.Namespaces) != 1 || s.Namespaces[0].Pool != c.Pools[0].Name || c.Pools[0].Device != configs.DeviceNVMe ||
+		!slices.Equal(c.Pools[0].Devices, []string{"/dev/ng0n1", "/dev/disk/by-id/nvme-M_S"}) {
 		t.Errorf("%+v", c)
 	}
 	o.hosts, o.kind = nil, "block"
 	if c, err = configs.Parse("made", []byte(setupConfig(o, machine{cores: 1}, drives[:1], nil))); err != nil {
 		t.Fatal(err)
-	} else if c.Memory.Arena != 64<<20 || !c.Subsystems[0].AllowAnyHost || c.Subsystems[0].Namespaces[0].Type != configs.Block {
+	} else if n := c.Subsystems[0].Namespaces[0]; c.Memory.Arena != 64<<20 || !c.Subsystems[0].AllowAnyHost || n.Type != configs.Block || n.Device != configs.DeviceNVMe || n.Path != "/dev/ng0n1" {
 		t.Errorf("%+v", c)
 	}
 }

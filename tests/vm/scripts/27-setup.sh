@@ -53,20 +53,35 @@ cat story kvof.toml
 [ ! -e "${disk[0]}p1" ]
 /vm/kvof check kvof.toml
 start_target
-connect nqn.2026-11.dev.kvof:setup
 head -c $((largest / 2)) /dev/urandom > value
-for nsid in 1 2 3; do
-	generic nqn.2026-11.dev.kvof:setup $nsid
-	/vm/kvof put --address $ip:8009 --namespace $nsid key$nsid value
-	/vm/kvof get --address $ip:8009 --namespace $nsid key$nsid - | cmp - value
-done
+/vm/kvof put --address $ip:8009 key value
+/vm/kvof get --address $ip:8009 key - | cmp - value
 
 it 'setup refuses drives that a server uses, and keeps the stores of others'
 fails setup --drives "${ng[0]}"
 tells 'in use' || cat story
-nvme disconnect-all
 kill_target TERM
 setup --drives $all "${rdma[@]}" --nqn nqn.2026-11.dev.kvof:setup
-tells 'kept a store, 1 key'
+tells 'a pool of 3 drives'
 start_target
-/vm/kvof get --address $ip:8009 --namespace 3 key3 - | cmp - value
+/vm/kvof get --address $ip:8009 key - | cmp - value
+
+it 'drives become disks with their own LBAs'
+kill_target TERM
+setup --drives $all --wipe $all --type block "${rdma[@]}" --nqn nqn.2026-11.dev.kvof:setup
+start_target
+connect nqn.2026-11.dev.kvof:setup
+[ "$(blockdev --getss "$(block nqn.2026-11.dev.kvof:setup 1)")" = 4096 ]
+[ "$(blockdev --getss "$(block nqn.2026-11.dev.kvof:setup 2)")" = 512 ]
+
+it 'drives are polled where that is configured'
+nvme disconnect-all
+kill_target TERM
+sed -i 's/device = "nvme"/&\npoll = true/' kvof.toml
+start_target
+status | jq -e '[.subsystems[0].namespaces[].device.features | contains(["iopoll"])] | all'
+connect nqn.2026-11.dev.kvof:setup
+disk=$(block nqn.2026-11.dev.kvof:setup 2)
+wait_for 10 test -b "$disk"
+fio --name=verify --filename="$disk" --direct=1 --ioengine=io_uring --iodepth=8 --rw=randwrite --bsrange=4k-512k \
+	--size=16m --verify=crc32c --verify_fatal=1 --output=fio.log
