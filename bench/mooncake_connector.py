@@ -1,4 +1,4 @@
-"""Mooncake's store as an LMCache native_plugin connector, for lmcache.py: LMCache's wheel has no adapter for it.
+"""Mooncake's store as an LMCache native_plugin connector, for lmcache_l2.py: LMCache's wheel has no adapter for it.
 
 As LMCache's own does, it hands whole batches to a few threads, which call Mooncake's functions for registered memory: nothing is copied.
 """

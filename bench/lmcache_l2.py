@@ -2,8 +2,8 @@
 """LMCache's own `bench l2` with the kvof connector and with a peer, in turn: A B A B.
 
     make build shim
-    $(shim/python/tests/venv.sh) bench/lmcache.py redis            # LMCache's Redis adapter
-    MOONCAKE=folder $(shim/python/tests/venv.sh) bench/lmcache.py mooncake
+    $(shim/python/tests/venv.sh) bench/lmcache_l2.py redis            # LMCache's Redis adapter
+    MOONCAKE=folder $(shim/python/tests/venv.sh) bench/lmcache_l2.py mooncake
 
 The folder is one that pip install --no-deps --target=folder mooncake-transfer-engine-non-cuda has made.
 
@@ -97,7 +97,7 @@ def mooncake(folder: str, port: int):
     os.environ["PYTHONPATH"] += f":{at}:{ROOT / 'bench'}"
     server = (
         f"{at}/mooncake/mooncake_master --rpc_port={port} --enable_http_metadata_server=false & sleep 1; exec {at}/mooncake/mooncake_client --host=127.0.0.1 --port={client} "
-        f"--protocol=tcp --metadata_server=P2PHANDSHAKE --master_server_address=127.0.0.1:{port} --global_segment_size='{NEEDED * 5 // 4 >> 30} GB'")
+        f"--protocol=tcp --metadata_server=P2PHANDSHAKE --master_server_address=127.0.0.1:{port} --global_segment_size='{(NEEDED * 5 // 4 >> 30) + 1} GB'")
     spec = {
         "type": "native_plugin", "module_path": "mooncake_connector", "class_name": "Connector",
         "adapter_params": {"master": f"127.0.0.1:{port}", "host": f"127.0.0.1:{free_port()}"}}
@@ -118,7 +118,7 @@ at = ctypes.addressof(ctypes.c_char.from_buffer(value))
 store.register_buffer(at, len(value))
 for i in range(int(sys.argv[2])):
     assert store.put_from(f"warm{i}", at, len(value)) == 0
-time.sleep(6)  # leases
+time.sleep(12)  # leases
 assert store.remove_all() >= 0
 store.close()
 """
