@@ -33,18 +33,18 @@ const (
 	nqn      = "nqn.2026-11.dev.kvof:crash"
 	hosts    = 3
 	workers  = 4 // of each host and namespace, each with keys of its own
-	keys     = 8 // of each worker
 	patience = time.Minute
 )
 
 // space is a namespace under test.
 type space struct {
-	nsid   uint32
-	size   int64 // bytes
-	evicts bool
-	policy string // lines of its configuration
-	// What the hosts have stored, in bytes, over all cycles.
-	stored atomic.Int64
+	nsid    uint32
+	policy  string // lines of its configuration
+	keys    int    // of each worker
+	largest int    // value, in bytes
+	// For one that evicts: how many bytes its hosts begin to store, at least, before a new value may be gone. 0: never.
+	keeps int64
+	begun atomic.Int64 // bytes that its hosts have begun to store, over all cycles
 }
 
 // TestKill runs the cycles: start, perhaps die again while starting; compare every key with what its worker knows;
@@ -62,7 +62,9 @@ func TestKill(t *testing.T) {
 	t.Logf("-seed %d", seed)
 	rnd := rand.New(rand.NewPCG(seed, 0))
 	spaces := []*space{
-		{nsid: 1, size: 1 << 30},
+		{nsid: 1, policy: "device = \"file\"\npath = \"own\"\nsize = \"1GiB\"\neviction = \"never\"", keys: 8, largest: largest},
+		{nsid: 2, policy: "pool = \"shared\"\nshare = \"48MiB\"\nstrict = true", keys: 32, largest: 1 << 20, keeps: 2 << 20},
+		{nsid: 3, policy: "pool = \"shared\"\nshare = \"24MiB\"\neviction = \"fifo\"\ndurability = \"flushed\"", keys: 32, largest: 1 << 20, keeps: 2 << 20},
 	}
 	s := newServer(t, spaces)
 	defer s.kill()
@@ -113,7 +115,7 @@ func TestKill(t *testing.T) {
 		sum.add(w.tally)
 	}
 	t.Logf("%d cycles: %+v", cycles, sum)
-	if sum.stored == 0 || sum.retrieved == 0 || sum.deleted == 0 || sum.found == 0 || sum.doubtful == 0 {
+	if sum.stored == 0 || sum.retrieved == 0 || sum.deleted == 0 || sum.found == 0 || sum.doubtful == 0 || sum.evicted == 0 {
 		t.Error("something never happened")
 	}
 }
@@ -151,13 +153,18 @@ socket = %q
 [[listener]]
 transport = "tcp"
 address = %q
+[[pool]]
+name = "shared"
+device = "file"
+devices = ["shared0", "shared1"]
+size = "96MiB"
+scrub = "16MiB"
 [[subsystem]]
 nqn = %q
 allow_any_host = true
 `, filepath.Join(dir, "kvof.sock"), s.addr, nqn)
 	for _, sp := range spaces {
-		cfg = fmt.Appendf(cfg, "[[subsystem.namespace]]\nnsid = %d\ntype = \"kv\"\ndevice = \"file\"\npath = %q\nsize = %d\n%s\n",
-			sp.nsid, filepath.Join(dir, fmt.Sprint("kv", sp.nsid)), sp.size, sp.policy)
+		cfg = fmt.Appendf(cfg, "[[subsystem.namespace]]\nnsid = %d\ntype = \"kv\"\n%s\n", sp.nsid, sp.policy)
 	}
 	if err := os.WriteFile(s.config, cfg, 0o600); err != nil {
 		t.Fatal(err)
@@ -168,6 +175,7 @@ allow_any_host = true
 func (s *server) start() {
 	s.log.Reset()
 	s.cmd = exec.Command(s.binary, "serve", "-c", s.config)
+	s.cmd.Dir = filepath.Dir(s.config)
 	s.cmd.Stdout, s.cmd.Stderr = &s.log, &s.log
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := s.cmd.Start(); err != nil {
@@ -270,7 +278,7 @@ func checkList(t *testing.T, s *server, spaces []*space, all []*worker) {
 			}
 			for k := range w.fates {
 				key := string(w.key(k))
-				if there := w.fates[k].now != 0; there != listed[key] && !(sp.evicts && there) {
+				if there := w.fates[k].now != 0; there != listed[key] && !(sp.keeps > 0 && there) {
 					t.Errorf("namespace %d: %s: List shows it: %v, Retrieve: %v", sp.nsid, key, listed[key], there)
 				}
 				delete(listed, key)
@@ -300,7 +308,7 @@ func (s *tally) add(o tally) {
 type fate struct {
 	now   uint64
 	doubt []uint64 // what may be there instead: the operation that was cut off
-	since int64    // space.stored when it was stored
+	since int64    // space.begun when its Store began
 }
 
 // worker is one client of a namespace.
@@ -310,7 +318,7 @@ type worker struct {
 	host  int
 	name  int
 	rnd   *rand.Rand
-	fates [keys]fate
+	fates []fate
 	next  uint64 // number of a value
 	buf   []byte
 	want  []byte
@@ -318,7 +326,7 @@ type worker struct {
 
 func newWorker(sp *space, h int, seed uint64, name int) *worker {
 	return &worker{space: sp, host: h, name: name, rnd: rand.New(rand.NewPCG(seed, uint64(name)+1)),
-		next: uint64(name) << 32, buf: make([]byte, largest), want: make([]byte, largest)}
+		fates: make([]fate, sp.keys), next: uint64(name) << 32, buf: make([]byte, largest), want: make([]byte, largest)}
 }
 
 func (w *worker) key(k int) []byte { return fmt.Appendf(nil, "w%d-%d", w.name, k) }
@@ -326,7 +334,7 @@ func (w *worker) key(k int) []byte { return fmt.Appendf(nil, "w%d-%d", w.name, k
 const largest = 6 << 20 // bytes of a value
 
 // size is that of a value, in bytes.
-func size(id uint64) int {
+func (w *worker) size(id uint64) int {
 	r := rand.New(rand.NewPCG(id, 0))
 	switch r.IntN(8) {
 	case 0:
@@ -334,16 +342,16 @@ func size(id uint64) int {
 	case 1, 2:
 		return r.IntN(8 << 10)
 	case 3:
-		return largest - r.IntN(4)*1000
+		return w.space.largest - r.IntN(4)*1000
 	case 4:
-		return 2 << 20
+		return min(2<<20, w.space.largest)
 	}
 	return r.IntN(256 << 10)
 }
 
 // value writes value number id.
 func (w *worker) value(id uint64) []byte {
-	b := w.want[:size(id)]
+	b := w.want[:w.size(id)]
 	r := rand.New(rand.NewPCG(id, 1))
 	word, step := r.Uint64(), r.Uint64()|1
 	for i := 0; i+8 <= len(b); i += 8 {
@@ -359,7 +367,7 @@ func (w *worker) value(id uint64) []byte {
 // load works until the server dies.
 func (w *worker) load(t *testing.T, kv *host.KV) {
 	for !t.Failed() {
-		k := w.rnd.IntN(keys)
+		k := w.rnd.IntN(len(w.fates))
 		var err error
 		switch n := w.rnd.IntN(20); {
 		case n < 10:
@@ -405,13 +413,13 @@ func (w *worker) store(t *testing.T, kv *host.KV, k int, m host.StoreMode) error
 	w.next++
 	id, f := w.next, &w.fates[k]
 	v := w.value(id)
+	since := w.space.begun.Add(int64(len(v)))
 	err := kv.Store(t.Context(), w.key(k), v, m)
 	switch {
-	case err == nil && m == host.StoreIfAbsent && f.now != 0 && !w.space.evicts:
+	case err == nil && m == host.StoreIfAbsent && f.now != 0 && w.space.keeps == 0:
 		t.Errorf("worker %d, key %d: stored as if it were absent, over number %d", w.name, k, f.now)
 	case err == nil:
-		f.now, f.doubt = id, nil
-		f.since = w.space.stored.Add(int64(len(v)))
+		f.now, f.doubt, f.since = id, nil, since
 		w.stored++
 	case errors.Is(err, nvmeof.KeyExists):
 		if err = nil; f.now == 0 {
@@ -449,19 +457,20 @@ func (w *worker) retrieve(t *testing.T, kv *host.KV, k int) error {
 				return nil
 			}
 		}
-		if age := w.space.stored.Load() - f.since; w.space.evicts && age > w.space.size/4 {
+		if age := w.space.begun.Load() - f.since; w.space.keeps > 0 && age > w.space.keeps {
 			f.now, f.doubt = 0, nil
 			w.evicted++
 			return nil
 		}
-		t.Errorf("namespace %d, worker %d, key %d: absent, and it is number %d, or one of %d", w.space.nsid, w.name, k, f.now, f.doubt)
+		t.Errorf("namespace %d, worker %d, key %d: absent, and it is number %d of %d bytes, or one of %d; %d bytes ago", w.space.nsid, w.name, k,
+			f.now, w.size(f.now), f.doubt, w.space.begun.Load()-f.since)
 		return nil
 	}
 	if err != nil {
 		return err
 	}
 	for _, id := range append(f.doubt, f.now) {
-		if id != 0 && n == size(id) && bytes.Equal(w.buf[:n], w.value(id)) {
+		if id != 0 && n == w.size(id) && bytes.Equal(w.buf[:n], w.value(id)) {
 			f.now, f.doubt = id, nil
 			w.retrieved++
 			return nil
