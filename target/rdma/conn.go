@@ -19,10 +19,9 @@ const (
 	maxPull = 1 << 20
 	// maxSGEs is the most pieces of memory that one work request names.
 	maxSGEs = 8
-	// drainTime is how long a failed queue pair may take to give back what was posted.
-	drainTime = 5 * time.Second
-	// lastTime is how long it may take to say that it uses no receive any more. Not every device does.
-	lastTime = time.Second
+	// drainTime is how long a failed queue pair may take to give back what was posted, and to say that it uses no receive any
+	// more, before it is destroyed, which ends all of that as well. soft-iWARP does not do the one, others not the other.
+	drainTime = time.Second
 )
 
 // conn is one connection: a queue pair, for one queue.
@@ -43,6 +42,7 @@ type conn struct {
 	sges   int // of one WRITE
 	inline uint8
 	born   time.Time
+	serial uint64 // tells the connection from others in the IDs of work requests: 30 bits
 
 	listed    bool         // among lane.dirty; the lane's
 	early     []arrival    // commands that came before there was a request for them; the lane's
@@ -149,7 +149,8 @@ func newConn(l *Listener, d *device, id rdma.ID, req *nvmeof.RDMARequest, reads 
 	c.sends = min(max(2*c.depth, 64), d.caps.MaxQPWR-1)
 	c.sges = min(maxSGEs, d.caps.MaxSGE)
 	c.free = c.sends
-	c.lane = d.lanes[int(d.next.Add(1))%len(d.lanes)]
+	next := d.next.Add(1)
+	c.lane, c.serial = d.lanes[int(next)%len(d.lanes)], uint64(next&(1<<30-1))
 	var err error
 	if c.shard, err = c.lane.place(c.depth, c.sends+1); err != nil {
 		return nil, err
@@ -215,16 +216,17 @@ func (c *conn) serve() {
 		c.log.Debug("connection closed", "peer", c.name, "reason", c.reason)
 	}
 	c.stop()
+	late := time.After(drainTime)
 	select {
 	case <-c.drained:
-	case <-time.After(drainTime):
-		c.log.Warn("a failed queue pair does not give back what was posted: it is destroyed", "peer", c.name)
-	}
-	if c.shard.srq != nil {
-		select {
-		case <-c.qp.LastReceive():
-		case <-time.After(lastTime):
+		if c.shard.srq != nil {
+			select {
+			case <-c.qp.LastReceive():
+			case <-late:
+			}
 		}
+	case <-late:
+		c.log.Debug("a failed queue pair does not give back what was posted", "peer", c.name)
 	}
 	c.lane.remove(c)
 	if err := c.id.Close(); err != nil { // nothing touches memory from here on
@@ -622,7 +624,7 @@ func (c *conn) fill(b *rdma.Batch) bool {
 	for c.out.len() > 0 {
 		switch it := c.out.front(); {
 		case it.kind == drain:
-			b.Add(rdma.WR{ID: uint64(c.note(c.out.pop(), 0, true)), Op: rdma.OpSend, Flags: rdma.FlagSignaled})
+			b.Add(rdma.WR{ID: c.note(c.out.pop(), 0, true), Op: rdma.OpWrite, Flags: rdma.FlagSignaled}) // of no bytes
 		case c.free == 0:
 			return true
 		case it.kind == write:
@@ -634,12 +636,12 @@ func (c *conn) fill(b *rdma.Batch) bool {
 	return true
 }
 
-// note notes a posted request and returns its sequence number.
-func (c *conn) note(it item, wrs int, end bool) uint32 {
+// note notes a posted request and returns its ID.
+func (c *conn) note(it item, wrs int, end bool) uint64 {
 	c.seq++
 	c.free -= wrs
 	c.done.push(entry{item: it, seq: c.seq, wrs: wrs, end: end})
-	return c.seq
+	return c.serial<<32 | uint64(c.seq)
 }
 
 // cut takes the next piece of an item's memory that one SGE can name and one descriptor of the host holds.
@@ -665,11 +667,11 @@ func (c *conn) fillRead(b *rdma.Batch) {
 		end = true
 	}
 	c.readFree--
-	seq := c.note(*it, 1, end)
+	id := c.note(*it, 1, end)
 	if end {
 		c.reads.pop()
 	}
-	b.Add(rdma.WR{ID: uint64(seq), Op: rdma.OpRead, Flags: rdma.FlagSignaled, Remote: addr, RKey: key}, sge)
+	b.Add(rdma.WR{ID: id, Op: rdma.OpRead, Flags: rdma.FlagSignaled, Remote: addr, RKey: key}, sge)
 }
 
 // fillWrite adds one RDMA WRITE: of as many queued pieces of the same command as are for adjacent memory of the host.
@@ -690,7 +692,7 @@ func (c *conn) fillWrite(b *rdma.Batch) {
 		end := len(it.data) == 0 || sge.Length == 0
 		if end {
 			signal = signal || it.signal
-			w.ID = uint64(c.note(c.out.pop(), 0, true))
+			c.note(c.out.pop(), 0, true)
 		}
 		if n == c.sges || left == 0 || o.sgl.room() == 0 || c.out.len() == 0 {
 			break
@@ -699,7 +701,7 @@ func (c *conn) fillWrite(b *rdma.Batch) {
 			break
 		}
 	}
-	w.ID = uint64(c.note(item{op: o, kind: write, page: noPage}, 1, false))
+	w.ID = c.note(item{op: o, kind: write, page: noPage}, 1, false)
 	if signal || c.free == 0 {
 		w.Flags = rdma.FlagSignaled
 	}
@@ -717,13 +719,16 @@ func (c *conn) fillResponse(b *rdma.Batch) {
 	if o.sgl.invalidate && c.dev.caps.SendInvalidate {
 		w.Op, w.RKey = rdma.OpSendInvalidate, o.sgl.key
 	}
-	w.ID = uint64(c.note(it, 1, true))
+	w.ID = c.note(it, 1, true)
 	c.taken.Add(-1)
 	b.Add(w, c.cqes.sge(cqe))
 }
 
 // sent handles the completion of a posted request: all before it are over too. The lane calls it.
 func (c *conn) sent(wc *rdma.WC) {
+	if wc.ID>>32 != c.serial { // left of a queue pair that had the same number
+		return
+	}
 	ok := wc.Status == rdma.WCSuccess
 	c.progress.Add(1)
 	ended := c.lane.ended[:0]

@@ -162,11 +162,14 @@ func (d *device) remove(c *conn) {
 // close frees the device, which has no connection any more.
 func (d *device) close() error {
 	d.mu.Lock()
-	was := d.closed
+	was, left := d.closed, len(d.conns)
 	d.closed = true
 	d.mu.Unlock()
 	if was {
 		return nil
+	}
+	if left > 0 { // their memory may be in use: the process's end frees it
+		return fmt.Errorf("RDMA device %s: %d connections are left", d.dev.Name(), left)
 	}
 	close(d.stop)
 	d.watched.Wait()

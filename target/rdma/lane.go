@@ -363,8 +363,8 @@ func (l *lane) touch(c *conn) {
 	}
 }
 
-// The kinds of work requests, in the upper half of their IDs. Below is the slot of a receive, with its shard in bits 47:32, or
-// the sequence number of anything else.
+// The kinds of work requests, in the uppermost bits of their IDs. Below is the slot of a receive, with its shard in bits 47:32,
+// or the sequence number of anything else, with its connection's serial number in bits 61:32.
 const (
 	idRecv    = 1 << 63
 	idOwnRecv = 1 << 62 // of a queue pair without SRQ

@@ -162,7 +162,8 @@ func (l *Listener) connect(id rdma.ID) {
 		err = id.Accept(rdma.ConnParam{Private: private, InitiatorDepth: uint8(reads)})
 		ready()
 		if err != nil {
-			c.Close("accepting failed: " + err.Error())
+			l.t.log.Warn("accepting a connection failed", "peer", c.name, "error", err)
+			c.Close("accepting failed")
 		}
 		c.serve()
 		l.forget(c)
