@@ -95,10 +95,11 @@ type leaf struct {
 // table is a hash table of slots, with linear probing.
 type table struct {
 	slab  *slab
-	pages []uint32
+	n     int // pages in use
+	pages [maxPages]uint32
 }
 
-func (t *table) len() int { return len(t.pages) * pageSlots }
+func (t *table) len() int { return t.n * pageSlots }
 
 func (t *table) slot(i int) *entry { return t.slab.slot(t.pages[i/pageSlots], i%pageSlots) }
 
@@ -126,8 +127,20 @@ func (x *index) partsOf(size int64) int { return max(1, int((size+x.extent-1)/x.
 
 // find returns the leaf of a key.
 func (d *directory) find(hi, lo uint64) int {
-	i, n := 0, len(d.his)
-	for n > 1 { // his[i] <= hi
+	his := d.his
+	i, n := 0, len(his)
+	for n > 1 { // his[i] <= hi: written so that it compiles without a branch
+		half := n / 2
+		at := i + half
+		if his[at] <= hi {
+			i = at
+		}
+		n -= half
+	}
+	if his[i] < hi || i == 0 {
+		return i
+	}
+	for i, n = 0, len(his); n > 1; { // keys that begin alike
 		half := n / 2
 		if d.his[i+half] < hi || d.his[i+half] == hi && d.los[i+half] <= lo {
 			i += half
@@ -298,7 +311,9 @@ func crowded(used, n int) bool { return (used+1)*11 > n*9 }
 
 // newTable makes a table with room for some more than n entries.
 func (x *index) newTable(n int) *table {
-	return &table{x.slab, x.slab.get(nil, (n*4/3+pageSlots-1)/pageSlots)}
+	t := &table{slab: x.slab, n: max(1, (n*4/3+pageSlots-1)/pageSlots)}
+	x.slab.get(t.pages[:t.n])
+	return t
 }
 
 // rehash moves l's entries to a table with room for some more than n.
@@ -309,7 +324,7 @@ func (x *index) rehash(l *leaf, n int) {
 		x.put(t, e)
 	}
 	l.table.Store(t)
-	x.slab.put(old.pages)
+	x.slab.put(old.pages[:old.n])
 }
 
 func (x *index) put(t *table, e entry) {
@@ -384,7 +399,7 @@ func (x *index) split(l *leaf) {
 		slices.Insert(slices.Clone(d.his), i, es[cut].hi),
 		slices.Insert(slices.Clone(d.los), i, es[cut].lo),
 		slices.Insert(slices.Clone(d.leaves), i, r)})
-	x.slab.put(was.pages)
+	x.slab.put(was.pages[:was.n])
 }
 
 // merge joins l, which of belongs to, with its right, or else its left neighbour, if both are small. Under l.mu.
@@ -418,7 +433,8 @@ func (x *index) merge(l *leaf, of entry) {
 			slices.Delete(slices.Clone(d.his), j+1, j+2),
 			slices.Delete(slices.Clone(d.los), j+1, j+2),
 			slices.Delete(slices.Clone(d.leaves), j+1, j+2)})
-		x.slab.put(b.table.Load().pages)
+		gone := b.table.Load()
+		x.slab.put(gone.pages[:gone.n])
 		o.version.Add(1)
 		o.mu.Unlock()
 		return
@@ -545,6 +561,7 @@ type slab struct {
 
 const (
 	pageSlots = 64
+	maxPages  = 96 // of a table: more than maxLeaf and a value's parts need
 	pageBytes = pageSlots * 32
 	slabBytes = 128 << 30 // of addresses, not of memory: 4 billion entries
 	slabStep  = 8 << 20
@@ -566,31 +583,30 @@ func (s *slab) slot(page uint32, i int) *entry {
 	return (*entry)(unsafe.Add(s.base, int(page)*pageBytes+i*32))
 }
 
-// get appends n empty pages.
-func (s *slab) get(pages []uint32, n int) []uint32 {
+// get fills in pages with empty ones.
+func (s *slab) get(pages []uint32) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for range n {
+	for at := range pages {
 		if last := len(s.free) - 1; last >= 0 {
 			page := s.free[last]
 			s.free = s.free[:last]
 			for i := range pageSlots { // a late reader may still look
 				s.slot(page, i).store(entry{})
 			}
-			pages = append(pages, page)
+			pages[at] = page
 			continue
 		}
 		if s.next == s.open {
-			at := int(s.open) * pageBytes
-			if at == slabBytes || unix.Mprotect(s.mem[at:at+slabStep], unix.PROT_READ|unix.PROT_WRITE) != nil {
+			end := int(s.open) * pageBytes
+			if end == slabBytes || unix.Mprotect(s.mem[end:end+slabStep], unix.PROT_READ|unix.PROT_WRITE) != nil {
 				panic("kvlayer: no memory for the index") // as the Go heap does
 			}
 			s.open += slabStep / pageBytes
 		}
-		pages = append(pages, s.next)
+		pages[at] = s.next
 		s.next++
 	}
-	return pages
 }
 
 func (s *slab) put(pages []uint32) {

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
 )
 
@@ -283,9 +284,13 @@ func BenchmarkIndex(b *testing.B) {
 				}
 			})
 			b.ReportAllocs()
-			for i := 0; b.Loop(); i++ {
-				f(i)
+			runtime.LockOSThread()
+			defer runtime.UnlockOSThread()
+			n, cpu := 0, threadTime()
+			for ; b.Loop(); n++ {
+				f(n)
 			}
+			b.ReportMetric(float64(threadTime()-cpu)/float64(n), "cpu-ns/op") // what a busy machine does not change
 			stop.Store(true)
 			wg.Wait()
 			b.ReportMetric(perEntry, "B/entry")
@@ -312,6 +317,13 @@ func BenchmarkIndex(b *testing.B) {
 		left := 1000
 		x.ascend(pick[i&(len(pick)-1)], func(entry) bool { left--; return left > 0 })
 	})
+}
+
+// threadTime is the CPU time of this thread.
+func threadTime() time.Duration {
+	var u unix.Rusage
+	_ = unix.Getrusage(unix.RUSAGE_THREAD, &u)
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
 func pauses() *metrics.Float64Histogram {
