@@ -48,7 +48,7 @@ func (k *KV) Values(part int) *Values { return &Values{kv: k, part: int64(part)}
 // sizes are, in bytes: the largest value that is stored as it is, and the size of a larger one's parts. b is the value
 // or nil.
 func (v *Values) sizes(b []byte) (whole, part int64) {
-	whole = v.limit(b)
+	whole = bounded(v.kv.maxValue(b))
 	if v.part > 0 {
 		whole = min(whole, v.part)
 		return whole, whole
@@ -56,12 +56,15 @@ func (v *Values) sizes(b []byte) (whole, part int64) {
 	return whole, min(whole, defaultPart)
 }
 
-// limit is what one command carries from or to the start of b, in bytes.
-func (v *Values) limit(b []byte) int64 {
-	if m := v.kv.maxValue(b); m > 0 && m < maxPart {
-		return int64(m)
+// limit is how many bytes of whatever is stored one command brings to the start of b.
+func (v *Values) limit(b []byte) int64 { return bounded(v.kv.path.maxTransfer(b)) }
+
+// bounded is a limit in bytes, 0 for none, and no more than maxPart.
+func bounded(m uint64) int64 {
+	if m == 0 {
+		return maxPart
 	}
-	return maxPart
+	return int64(min(m, maxPart))
 }
 
 // KV is the namespace with one command for each operation.
@@ -216,7 +219,7 @@ func (v *Values) split(ctx context.Context, key []byte, m StoreMode, part int64,
 	if err == nil {
 		r := root{generation: w.generation, size: w.size, part: part, digests: w.digests}
 		b := r.encode(key)
-		if limit := v.limit(nil); int64(len(b)) > limit {
+		if int64(len(b)) > bounded(v.kv.maxValue(nil)) {
 			err = fmt.Errorf("%d bytes in parts of %d: %w", w.size, part, ErrTransferSize)
 		} else {
 			err = v.put(ctx, key, b, m, w.generation)

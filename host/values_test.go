@@ -208,6 +208,21 @@ func TestValuesModes(t *testing.T) {
 	}
 }
 
+// TestValuesLowerLimit: what was stored before the namespace's limit was lowered can be read.
+func TestValuesLowerLimit(t *testing.T) {
+	m := newMemory(0)
+	store(t, m.open().Values(0), testKey, random(9000))
+	store(t, m.open().Values(8000), []byte("split"), random(9000))
+	lower := m.open()
+	lower.ns.MaxValue = 4096
+	holds(t, lower.Values(0), testKey, random(9000))
+	holds(t, lower.Values(0), []byte("split"), random(9000))
+	store(t, lower.Values(0), testKey, random(5000))
+	if len(m.kv[string(testKey)]) != rootHeader+2*8 {
+		t.Error("not split")
+	}
+}
+
 // TestValuesLikeRoot: a value that looks like a root comes back as it was.
 func TestValuesLikeRoot(t *testing.T) {
 	m := newMemory(4096)
