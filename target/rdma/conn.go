@@ -718,6 +718,9 @@ func (c *conn) fillResponse(b *rdma.Batch) {
 	w := rdma.WR{Op: rdma.OpSend, Flags: rdma.FlagSignaled | c.inline}
 	if o.sgl.invalidate && c.dev.caps.SendInvalidate {
 		w.Op, w.RKey = rdma.OpSendInvalidate, o.sgl.key
+		if c.dev.caps.IWARP { // soft-iWARP inlines nothing but plain sends
+			w.Flags = rdma.FlagSignaled
+		}
 	}
 	w.ID = c.note(it, 1, true)
 	c.taken.Add(-1)
