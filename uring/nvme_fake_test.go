@@ -39,6 +39,7 @@ type fakeDrive struct {
 	done          []completion
 	arrived       sync.Cond // more is done
 	hushed        bool
+	signals       int // given while not hushed
 	event         chan struct{}
 	closed        bool
 	chunks        map[int][]byte // registered buffers
@@ -171,6 +172,7 @@ func (f *fakeDrive) submit() error {
 	rand.Shuffle(len(f.done), func(i, j int) { f.done[i], f.done[j] = f.done[j], f.done[i] })
 	f.arrived.Broadcast()
 	if !f.hushed {
+		f.signals++
 		f.wake()
 	}
 	return nil

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -330,6 +331,40 @@ func TestReset(t *testing.T) {
 			t.Error(err)
 		}
 	}
+}
+
+// TestWaiters has one waiter take its completions itself, and many leave them to the completion goroutine; nobody waits
+// for ever.
+func TestWaiters(t *testing.T) {
+	f := newFakeDrive(t, 512)
+	d := f.openFor(t, NVMeOptions{Depth: 4})
+	do := func(n int, off int64) {
+		o := Op{Kind: OpWrite, Off: off, Data: make([]byte, 4096)}
+		for range n {
+			if err := o.Do(d); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	signals := func() int {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		return f.signals
+	}
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) { // it takes a moment until nobody listens
+		before := signals()
+		if do(100, 0); signals() == before {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("the completion goroutine is woken for a waiter that is alone")
+		}
+	}
+	var wg sync.WaitGroup
+	for i := range int64(16) {
+		wg.Go(func() { do(500, i*4096) })
+	}
+	wg.Wait()
 }
 
 // TestGone pulls the drive out under load, and puts it back.
