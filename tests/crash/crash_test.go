@@ -42,7 +42,8 @@ type space struct {
 	policy  string // lines of its configuration
 	keys    int    // of each worker
 	largest int    // value, in bytes
-	// For one that evicts: how many bytes its hosts begin to store, at least, before a new value may be gone. 0: never.
+	// For one that evicts: while its hosts have begun to store no more bytes since, nearly all values are still there.
+	// Not all: the oldest segment of a device can be young. 0: it does not evict.
 	keeps int64
 	begun atomic.Int64 // bytes that its hosts have begun to store, over all cycles
 }
@@ -63,8 +64,8 @@ func TestKill(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(seed, 0))
 	spaces := []*space{
 		{nsid: 1, policy: "device = \"file\"\npath = \"own\"\nsize = \"1GiB\"\neviction = \"never\"", keys: 8, largest: largest},
-		{nsid: 2, policy: "pool = \"shared\"\nshare = \"48MiB\"\nstrict = true", keys: 32, largest: 1 << 20, keeps: 2 << 20},
-		{nsid: 3, policy: "pool = \"shared\"\nshare = \"24MiB\"\neviction = \"fifo\"\ndurability = \"flushed\"", keys: 32, largest: 1 << 20, keeps: 2 << 20},
+		{nsid: 2, policy: "pool = \"shared\"\nshare = \"48MiB\"\nstrict = true", keys: 32, largest: 1 << 20, keeps: 8 << 20},
+		{nsid: 3, policy: "pool = \"shared\"\nshare = \"24MiB\"\neviction = \"fifo\"\ndurability = \"flushed\"", keys: 32, largest: 1 << 20, keeps: 8 << 20},
 	}
 	s := newServer(t, spaces)
 	defer s.kill()
@@ -117,6 +118,9 @@ func TestKill(t *testing.T) {
 	t.Logf("%d cycles: %+v", cycles, sum)
 	if sum.stored == 0 || sum.retrieved == 0 || sum.deleted == 0 || sum.found == 0 || sum.doubtful == 0 || sum.evicted == 0 {
 		t.Error("something never happened")
+	}
+	if sum.youngEvicted > sum.young/20 {
+		t.Errorf("%d young values are gone of %d", sum.youngEvicted, sum.young)
 	}
 }
 
@@ -291,7 +295,7 @@ func checkList(t *testing.T, s *server, spaces []*space, all []*worker) {
 }
 
 // tally is what workers have done.
-type tally struct{ stored, retrieved, deleted, flushed, refused, found, doubtful, evicted int }
+type tally struct{ stored, retrieved, deleted, flushed, refused, found, doubtful, evicted, young, youngEvicted int }
 
 func (s *tally) add(o tally) {
 	s.stored += o.stored
@@ -302,6 +306,8 @@ func (s *tally) add(o tally) {
 	s.found += o.found
 	s.doubtful += o.doubtful
 	s.evicted += o.evicted
+	s.young += o.young
+	s.youngEvicted += o.youngEvicted
 }
 
 // fate is what is known about a key. Values are known by their numbers; 0 is none.
@@ -457,13 +463,14 @@ func (w *worker) retrieve(t *testing.T, kv *host.KV, k int) error {
 				return nil
 			}
 		}
-		if age := w.space.begun.Load() - f.since; w.space.keeps > 0 && age > w.space.keeps {
+		if w.space.keeps > 0 {
+			if w.evicted++; w.space.begun.Load()-f.since <= w.space.keeps {
+				w.youngEvicted++
+			}
 			f.now, f.doubt = 0, nil
-			w.evicted++
 			return nil
 		}
-		t.Errorf("namespace %d, worker %d, key %d: absent, and it is number %d of %d bytes, or one of %d; %d bytes ago", w.space.nsid, w.name, k,
-			f.now, w.size(f.now), f.doubt, w.space.begun.Load()-f.since)
+		t.Errorf("namespace %d, worker %d, key %d: absent, and it is number %d, or one of %d", w.space.nsid, w.name, k, f.now, f.doubt)
 		return nil
 	}
 	if err != nil {
@@ -472,7 +479,9 @@ func (w *worker) retrieve(t *testing.T, kv *host.KV, k int) error {
 	for _, id := range append(f.doubt, f.now) {
 		if id != 0 && n == w.size(id) && bytes.Equal(w.buf[:n], w.value(id)) {
 			f.now, f.doubt = id, nil
-			w.retrieved++
+			if w.retrieved++; w.space.begun.Load()-f.since <= w.space.keeps {
+				w.young++
+			}
 			return nil
 		}
 	}
