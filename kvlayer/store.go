@@ -293,8 +293,10 @@ func (s *Store) freed(old []entry, why reason) {
 	for _, e := range old {
 		n := s.span(e)
 		g, _ := s.p.segmentOf(e.block())
-		g.live.Add(-n)
 		s.used.Add(-n)
+		if g.live.Add(-n) == 0 {
+			g.dev.wake() // it may be free
+		}
 	}
 	if len(old) > 0 {
 		s.c.removed(old[0], why)
