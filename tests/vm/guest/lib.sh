@@ -180,11 +180,14 @@ listens() {
 	esac
 }
 start_target() {
+	local before
+	before=$(starts)
 	/vm/kvof serve --config kvof.toml >> kvof.log 2>&1 &
 	target=$!
-	wait_for 20 listens $io
-	wait_for 20 listens $discovery
+	wait_for 60 started $before
 }
+starts() { cat kvof.log 2> /dev/null | grep -c 'INFO  serving ' || true; } # times that a target of this script was ready
+started() { kill -0 $target && [ "$(starts)" -gt "$1" ]; }
 kill_target() { kill "-$1" $target; wait $target || true; }
 status() { /vm/kvof status --json "$@"; }
 has_controllers() { [ "$(status | jq '.controllers | length')" = "$1" ]; } # COUNT

@@ -21,7 +21,7 @@ it 'a connection is accepted with the queue that it asks for, or refused with th
 [ "$(asks 1 0 32 31)" = 'refused 2' ]     # record format
 [ "$(asks 0 65535 32 31)" = 'refused 3' ] # queue identifier
 [ "$(asks 0 1 128 1023)" = 'refused 4' ]  # deeper than what is offered
-[ "$(asks 0 0 128 127)" = 'refused 4' ]   # an admin queue
+[ "$(asks 0 0 128 4095)" = 'refused 4' ]  # an admin queue
 [ "$(asks 0 1 128 0)" = 'refused 4' ]
 [ "$(asks 0 0 0 31)" = 'refused 5' ]
 
