@@ -159,6 +159,7 @@ configure() {
 	END
 	namespace 1 kv memory '' 8MiB
 	echo 'max_value = "512KiB"'
+	echo 'eviction = "never"'
 	namespace 2 block memory '' 256MiB 4096
 }
 
