@@ -376,8 +376,8 @@ func (c *conn) opOf(r *target.Request) *op {
 }
 
 // post sees to it that what was queued goes out: here and now, or with the lane's turn when the caller is the lane.
-func (c *conn) post(r *target.Request) {
-	if r.Async {
+func (c *conn) post(async bool) {
+	if async {
 		c.flush()
 	} else {
 		c.lane.touch(c)
@@ -391,7 +391,7 @@ func (c *conn) Send(r *target.Request, b uring.Buf, last bool) {
 		c.sendCopy(o, b)
 		return
 	}
-	it := item{op: o, kind: write, signal: !last, page: noPage, data: b.Data, buf: b}
+	it, async := item{op: o, kind: write, signal: !last, page: noPage, data: b.Data, buf: b}, r.Async
 	c.mu.Lock()
 	if c.over {
 		c.mu.Unlock()
@@ -401,7 +401,7 @@ func (c *conn) Send(r *target.Request, b uring.Buf, last bool) {
 	c.out.push(it)
 	c.mu.Unlock()
 	if !last {
-		c.post(r)
+		c.post(async)
 	}
 }
 
@@ -437,7 +437,7 @@ func (c *conn) Complete(r *target.Request) {
 	if r.Cmd.Opcode() == nvmeof.OpFabrics && r.Cmd.FCType() == nvmeof.FCConnect && r.CQE.Status() == nvmeof.Success {
 		c.connected.Store(true)
 	}
-	it := item{op: o, kind: response, page: noPage}
+	it, async := item{op: o, kind: response, page: noPage}, r.Async // r is the host's once it is queued
 	c.mu.Lock()
 	if o.held {
 		o.held = false
@@ -453,7 +453,7 @@ func (c *conn) Complete(r *target.Request) {
 	}
 	c.out.push(it)
 	c.mu.Unlock()
-	c.post(r)
+	c.post(async)
 }
 
 // Pull implements target.Conn: RDMA READs. On the lane it is a sequence of steps, each begun by the completion of the one
