@@ -200,7 +200,7 @@ func TestShare(t *testing.T) {
 			for i := range n {
 				mustPut(t, mine, key(i), value(uint64(i), size))
 			}
-			for i := range 1500 {
+			for i := range 700 {
 				mustPut(t, flood, key(i), value(uint64(i), size))
 				if u := flood.Stats().Used; u > 40*mib {
 					t.Fatalf("%d bytes used, beyond the quota", u)
@@ -224,7 +224,7 @@ func TestShare(t *testing.T) {
 // TestEviction streams values through a store that holds a tenth of them, a few of
 // which are read all the time.
 func TestEviction(t *testing.T) {
-	const size, n, hot = 60_000, 3000, 20
+	const size, n, hot = 60_000, 1500, 20
 	for _, e := range []Eviction{EvictClock, EvictS3FIFO, EvictSecondTouch, EvictFIFO} {
 		t.Run(e.String(), func(t *testing.T) {
 			s := open(t, newDisk(20*mib), newArena(t), Options{Eviction: e})
