@@ -45,6 +45,9 @@ const char *kvof_load(void) {
 
 enum { CHUNK = 32, MAX_SGE = 256 };
 
+// positive makes an error number of what providers return, by their fashion: one, its negative, or -1 beside errno.
+static int positive(int err) { return err == -1 ? errno : err < 0 ? -err : err; }
+
 // ibv_post_* take a chain whose memory they do not keep: it is built here, from Go's compact form, a chunk at a time.
 static int post_sends(struct kvof_chain *c, struct kvof_wr *wrs, struct ibv_sge *sges) {
 	struct ibv_send_wr chunk[CHUNK], *bad;
@@ -70,7 +73,7 @@ static int post_sends(struct kvof_chain *c, struct kvof_wr *wrs, struct ibv_sge 
 		int err = ibv_post_send((struct ibv_qp *)c->queue, chunk, &bad);
 		if (err) {
 			c->posted += bad ? bad - chunk : 0;
-			return err < 0 ? -err : err; // siw's errors are negative
+			return positive(err);
 		}
 		c->posted += n;
 	}
@@ -91,7 +94,7 @@ static int post_recvs(struct kvof_chain *c, struct kvof_wr *wrs, struct ibv_sge 
 			: ibv_post_recv((struct ibv_qp *)c->queue, chunk, &bad);
 		if (err) {
 			c->posted += bad ? bad - chunk : 0;
-			return err < 0 ? -err : err; // siw's errors are negative
+			return positive(err);
 		}
 		c->posted += n;
 	}
@@ -118,7 +121,7 @@ int kvof_arm(uintptr_t *cqs, int ncqs) {
 	for (int i = 0; i < ncqs; i++) {
 		int err = ibv_req_notify_cq((struct ibv_cq *)cqs[i], 0);
 		if (err)
-			return err < 0 ? -err : err; // siw's errors are negative
+			return positive(err);
 	}
 	return 0;
 }

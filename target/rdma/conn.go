@@ -165,7 +165,7 @@ func newConn(l *Listener, d *device, id rdma.ID, req *nvmeof.RDMARequest, reads 
 		c.free = 0
 		return nil, errors.Join(err, c.release())
 	}
-	if c.qp.Inline() >= nvmeof.CompletionSize {
+	if c.qp.Inline() >= nvmeof.CompletionSize && !d.caps.IWARP { // soft-iWARP has no inline SEND with invalidate
 		c.inline = rdma.FlagInline
 	}
 	if c.cqes, err = newSlab(d, c.sends*nvmeof.CompletionSize); err != nil {
