@@ -33,7 +33,7 @@ every_page() {
 }
 
 for via in ioctl uring; do
-	it "$via: values of 0 bytes to $((largest >> 20)) MiB come back as they went, in one command"
+	it "$via: values of 0 bytes to $((largest >> 10)) KiB come back as they went, in one command"
 	for value in v[0-9]*; do
 		store "a0a1a2a3a4a5a6a7a8a9aaabacad$(printf %04x "${#value}")" $value
 		answers 0 0
