@@ -9,7 +9,7 @@ drive=/dev/$(drive drive0)n1
 it 'both targets serve the drive'
 {
 	configure
-	printf '\n[[subsystem]]\nnqn = "nqn.kvof"\nallow_any_host = true\n'
+	printf '\n[[subsystem]]\nnqn = "nqn.2026-11.dev.kvof:bench"\nallow_any_host = true\n'
 	namespace 1 block "${device:-block}" "$drive" 1GiB 4096
 } > kvof.toml
 start_target
@@ -27,9 +27,9 @@ mount -t configfs config /sys/kernel/config
 	echo 4421 > ports/1/addr_trsvcid
 	ln -s subsystems/nqn.nvmet ports/1/subsystems/
 )
-connect nqn.kvof
+connect nqn.2026-11.dev.kvof:bench
 io=4421 connect nqn.nvmet
-kvof=$(block nqn.kvof 1) nvmet=$(block nqn.nvmet 1)
+kvof=$(block nqn.2026-11.dev.kvof:bench 1) nvmet=$(block nqn.nvmet 1)
 fio --name=fill --filename="$kvof" --direct=1 --rw=write --bs=1m --size=1g
 
 # measure TARGET RW SIZE DEPTH prints MiB/s, mean latency in us, and the CPUs busy in the whole guest.
