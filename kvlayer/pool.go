@@ -34,7 +34,7 @@ type Pool struct {
 	// Under mu:
 	gen     uint64        // of the newest segment
 	stores  []*Store      // by tenant number
-	changed chan struct{} // closed when space may have come free
+	changed chan struct{} // closed when space may have come free; nil when nobody waits
 	asks    uint64        // Stores that found no room, counted
 	waiting int           // those that wait now
 
@@ -93,7 +93,7 @@ const headerSlots = uring.LargeBuf / block
 // they are memory the pool holds a large buffer of the arena, and one more for each device,
 // until Close. Neither devices nor arena are closed with the pool.
 func OpenPool(devs []uring.Device, arena *uring.Arena, o PoolOptions) (*Pool, error) {
-	p := &Pool{arena: arena, log: o.Log, mem: true, changed: make(chan struct{}), stop: make(chan struct{})}
+	p := &Pool{arena: arena, log: o.Log, mem: true, stop: make(chan struct{})}
 	if p.log == nil {
 		p.log = slog.New(slog.DiscardHandler)
 	}
@@ -302,8 +302,10 @@ func age(seq uint64) time.Duration {
 
 // notify wakes who waits for room. Under mu.
 func (p *Pool) notify() {
-	close(p.changed)
-	p.changed = make(chan struct{})
+	if p.changed != nil {
+		close(p.changed)
+		p.changed = nil
+	}
 }
 
 // segmentOf returns the segment in which a block of the pool lies, and the block's offset on the device.

@@ -270,6 +270,9 @@ func (a *ask) wait(n int64) error {
 			d.wake()
 		}
 	}
+	if p.changed == nil {
+		p.changed = make(chan struct{})
+	}
 	changed := p.changed
 	p.mu.Unlock()
 	if stuck {
