@@ -42,5 +42,5 @@ it 'several connections of one host to one subsystem'
 attach $disks $io 1
 attach $disks $io 1
 [ "$(controllers $disks | wc -l)" = 2 ]
-[ "$(cat /sys/class/nvme/nvme*/cntlid | sort -u | wc -l)" = 2 ]
+[ "$(for c in $(controllers $disks); do cat "/sys/class/nvme/$c/cntlid"; done | sort -u | wc -l)" = 2 ]
 moves
