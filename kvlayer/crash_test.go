@@ -18,7 +18,7 @@ import (
 // there whole or not at all. A failing seed is replayed with its number.
 func TestCrash(t *testing.T) {
 	a := newArena(t)
-	seeds := uint64(100)
+	seeds := uint64(40)
 	if testing.Short() {
 		seeds = 15
 	}
@@ -133,7 +133,7 @@ func crash(t *testing.T, a *uring.Arena, seed uint64) (cleaned uint64) {
 // is ever returned.
 func TestPowerCut(t *testing.T) {
 	a := newArena(t)
-	seeds := uint64(60)
+	seeds := uint64(30)
 	if testing.Short() {
 		seeds = 15
 	}

@@ -224,10 +224,7 @@ func TestIndexParallel(t *testing.T) {
 // TestIndexSize fills and empties an index in order, as a log does, and at random:
 // the bytes of an entry, and that memory serves again.
 func TestIndexSize(t *testing.T) {
-	n := 400_000
-	if testing.Short() {
-		n = 100_000
-	}
+	const n = 100_000
 	for name, k := range map[string]func(int) Key{"dense": key, "scattered": scattered} {
 		x := newTestIndex(t)
 		for i := range n {
