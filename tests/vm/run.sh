@@ -40,7 +40,7 @@ fi
 shift
 
 tmp=$(mktemp -d)
-trap 'kill $(jobs -p) 2> /dev/null; rm -rf "$tmp"' EXIT
+trap 'kill $(jobs -p) 2> /dev/null || true; rm -rf "$tmp"' EXIT
 mkdir -p "$tmp/job/vm"
 cp "$here"/guest/{init,lib.sh,peer.sh} "$tmp/job/vm/"
 (cd "$here" && CGO_ENABLED=1 go build -ldflags=-checklinkname=0 -tags=rdma -o "$tmp/job/vm/helper" ./guest/helper)
