@@ -42,7 +42,7 @@ func newFakeRDMA(t testing.TB, caps rdma.Caps) (f *fake, far *rdmatest.Device) {
 	f.net = rdmatest.New()
 	far = f.net.AddDevice("host0", netip.MustParseAddr("192.0.2.2"), caps)
 	dev := f.net.AddDevice("target0", fakeRDMAAddr.Addr(), rdmatest.DefaultCaps())
-	l, err := f.net.Listen(fakeRDMAAddr, 16)
+	l, err := f.net.Listen(fakeRDMAAddr, 16, func(rdma.Device) error { return nil })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -559,7 +559,7 @@ func TestRDMAConnectErrors(t *testing.T) {
 	n := rdmatest.New()
 	n.AddDevice("host0", netip.MustParseAddr("192.0.2.2"), rdmatest.DefaultCaps())
 	n.AddDevice("target0", fakeRDMAAddr.Addr(), rdmatest.DefaultCaps())
-	l, err := n.Listen(fakeRDMAAddr, 16)
+	l, err := n.Listen(fakeRDMAAddr, 16, func(rdma.Device) error { return nil })
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -30,8 +30,9 @@ type Verbs interface {
 	// Devices returns the devices there are now.
 	Devices() ([]Device, error)
 	// Listen accepts connections at an address; an unspecified IP is every device's, port 0 any free port. backlog is how
-	// many requests wait for Accept before the system refuses more.
-	Listen(addr netip.AddrPort, backlog int) (Listener, error)
+	// many requests wait for Accept before the system refuses more. Before the first can come, ready is called with the
+	// device that has the address, nil when that is unspecified; its error is returned.
+	Listen(addr netip.AddrPort, backlog int, ready func(Device) error) (Listener, error)
 	// Resolve finds the device and the route to a peer: the first step of connecting. The caller owns the ID, creates its
 	// queue pair, and calls Connect. local may be the zero Addr.
 	Resolve(ctx context.Context, local netip.Addr, peer netip.AddrPort) (ID, error)
@@ -45,8 +46,6 @@ type Listener interface {
 	Accept() (ID, error)
 	// Addr is the address the listener is bound to.
 	Addr() netip.AddrPort
-	// Device is the one that has the address; nil when that is unspecified.
-	Device() Device
 	Close() error
 }
 

@@ -248,7 +248,6 @@ type listener struct {
 	sys    *system
 	cm     *C.struct_rdma_cm_id
 	addr   netip.AddrPort
-	dev    *device // or nil
 	accept chan *id
 	once   sync.Once
 	ended  chan struct{}
@@ -259,7 +258,7 @@ type listener struct {
 }
 
 // Listen implements Verbs.
-func (s *system) Listen(addr netip.AddrPort, backlog int) (Listener, error) {
+func (s *system) Listen(addr netip.AddrPort, backlog int, ready func(Device) error) (Listener, error) {
 	l := &listener{sys: s, accept: make(chan *id, backlog), ended: make(chan struct{})}
 	if rc, err := C.kvof_create_id(s.events, &l.cm); rc != 0 {
 		return nil, fmt.Errorf("listen on %s: %w", addr, err)
@@ -267,27 +266,42 @@ func (s *system) Listen(addr netip.AddrPort, backlog int) (Listener, error) {
 	s.mu.Lock()
 	s.listeners[l.cm] = l
 	s.mu.Unlock()
-	rc, err := C.kvof_bind(l.cm, sockaddr(addr))
-	if rc == 0 {
-		rc, err = C.kvof_listen(l.cm, C.int(backlog))
-	}
-	if rc != 0 {
+	if err := l.open(addr, backlog, ready); err != nil {
 		l.Close()
-		if errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EADDRNOTAVAIL) {
-			err = fmt.Errorf("%w: no RDMA device has this address (rdma link shows the devices)", err)
-		}
 		return nil, fmt.Errorf("listen on %s: %w", addr, err)
+	}
+	return l, nil
+}
+
+func (l *listener) open(addr netip.AddrPort, backlog int, ready func(Device) error) error {
+	if rc, err := C.kvof_bind(l.cm, sockaddr(addr)); rc != 0 {
+		return noDevice(err)
+	}
+	var dev Device
+	if l.cm.verbs != nil {
+		var err error
+		if dev, err = l.sys.device(l.cm.verbs); err != nil {
+			return err
+		}
+	}
+	if err := ready(dev); err != nil {
+		return err
+	}
+	if rc, err := C.kvof_listen(l.cm, C.int(backlog)); rc != 0 {
+		return noDevice(err)
 	}
 	var src, dst C.struct_sockaddr_storage
 	C.kvof_addrs(l.cm, &src, &dst)
 	l.addr = addrPort(&src)
-	if l.cm.verbs != nil {
-		if l.dev, err = s.device(l.cm.verbs); err != nil {
-			l.Close()
-			return nil, fmt.Errorf("listen on %s: %w", addr, err)
-		}
+	return nil
+}
+
+// noDevice explains what binding says to an address without a device.
+func noDevice(err error) error {
+	if errors.Is(err, unix.ENODEV) || errors.Is(err, unix.EADDRNOTAVAIL) {
+		return fmt.Errorf("%w: no RDMA device has this address (rdma link shows the devices)", err)
 	}
-	return l, nil
+	return err
 }
 
 // offer queues a connection for Accept; false when there is no room.
@@ -322,13 +336,6 @@ func (l *listener) Accept() (ID, error) {
 }
 
 func (l *listener) Addr() netip.AddrPort { return l.addr }
-
-func (l *listener) Device() Device {
-	if l.dev == nil {
-		return nil
-	}
-	return l.dev
-}
 
 func (l *listener) Close() error {
 	l.closing.Lock()

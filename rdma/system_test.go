@@ -22,7 +22,7 @@ func TestSystem(t *testing.T) {
 	for _, d := range ds {
 		t.Logf("%s: %+v", d.Name(), *d.Caps())
 	}
-	if _, err := v.Listen(netip.MustParseAddrPort("192.0.2.1:4420"), 1); err == nil {
+	if _, err := v.Listen(netip.MustParseAddrPort("192.0.2.1:4420"), 1, func(Device) error { return nil }); err == nil {
 		t.Error("listening on somebody else's address succeeded")
 	}
 }

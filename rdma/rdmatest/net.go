@@ -630,12 +630,22 @@ type listener struct {
 }
 
 // Listen implements rdma.Verbs.
-func (n *Net) Listen(addr netip.AddrPort, backlog int) (rdma.Listener, error) {
+func (n *Net) Listen(addr netip.AddrPort, backlog int, ready func(rdma.Device) error) (rdma.Listener, error) {
+	var dev rdma.Device
+	if !addr.Addr().IsUnspecified() {
+		n.mu.Lock()
+		d := n.deviceAt(addr.Addr())
+		n.mu.Unlock()
+		if d == nil {
+			return nil, fmt.Errorf("listen on %s: %w", addr, syscall.ENODEV)
+		}
+		dev = d
+	}
+	if err := ready(dev); err != nil {
+		return nil, err
+	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if !addr.Addr().IsUnspecified() && n.deviceAt(addr.Addr()) == nil {
-		return nil, fmt.Errorf("listen on %s: %w", addr, syscall.ENODEV)
-	}
 	for addr.Port() == 0 || n.listeners[addr] != nil {
 		if addr.Port() != 0 {
 			return nil, fmt.Errorf("listen on %s: %w", addr, syscall.EADDRINUSE)
@@ -664,15 +674,6 @@ func (l *listener) Accept() (rdma.ID, error) {
 }
 
 func (l *listener) Addr() netip.AddrPort { return l.addr }
-
-func (l *listener) Device() rdma.Device {
-	l.net.mu.Lock()
-	defer l.net.mu.Unlock()
-	if d := l.net.deviceAt(l.addr.Addr()); d != nil {
-		return d
-	}
-	return nil
-}
 
 func (l *listener) Close() error {
 	l.net.mu.Lock()

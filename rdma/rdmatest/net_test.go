@@ -58,7 +58,7 @@ func TestNet(t *testing.T) {
 	n := New()
 	addr := netip.MustParseAddr("192.0.2.1")
 	n.AddDevice("soft0", addr, DefaultCaps())
-	l, err := n.Listen(netip.AddrPortFrom(addr, 4420), 8)
+	l, err := n.Listen(netip.AddrPortFrom(addr, 4420), 8, func(rdma.Device) error { return nil })
 	if err != nil {
 		t.Fatal(err)
 	}

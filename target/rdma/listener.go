@@ -53,12 +53,8 @@ func newListener(t *Transport, addr netip.AddrPort, discovery bool) *Listener {
 
 // open binds the address.
 func (l *Listener) open() error {
-	ln, err := l.t.verbs.Listen(l.addr, backlog)
+	ln, err := l.t.verbs.Listen(l.addr, backlog, l.t.ready)
 	if err != nil {
-		return err
-	}
-	if err := l.t.ready(ln); err != nil {
-		ln.Close()
 		return err
 	}
 	l.mu.Lock()

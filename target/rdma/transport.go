@@ -96,10 +96,11 @@ func (t *Transport) Listen(addr netip.AddrPort, discovery bool) (*Listener, erro
 	return l, nil
 }
 
-// ready makes the devices of a listener ready, so that its first host need not wait for that.
-func (t *Transport) ready(ln rdma.Listener) error {
-	ds := []rdma.Device{ln.Device()}
-	if ds[0] == nil {
+// ready makes a listener's device ready, or all of them, before its first host comes: registering the arena can take longer than
+// hosts wait.
+func (t *Transport) ready(dev rdma.Device) error {
+	ds := []rdma.Device{dev}
+	if dev == nil {
 		var err error
 		if ds, err = t.verbs.Devices(); err != nil {
 			return err
