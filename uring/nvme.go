@@ -157,6 +157,9 @@ func newNVMe(n node, drive *Drive, o NVMeOptions, chunk int, ring func(depth, fl
 	if o.Placement < 0 || o.Placement > drive.Placements {
 		return nil, fmt.Errorf("uring: %s has %d placement handles: there is no placement %d", drive.Path, drive.Placements, o.Placement)
 	}
+	if r := kernelRelease(); o.Poll && olderThan(r, 6, 12) {
+		return nil, fmt.Errorf("uring: polling %s needs Linux 6.12 or later: Linux %s can leave polled commands without an end", drive.Path, r)
+	}
 	if o.Poll && !drive.PollQueues {
 		return nil, fmt.Errorf("uring: %s has no queues to poll: load the kernel's driver with some (nvme.poll_queues=2) or do not ask for polling", drive.Path)
 	}

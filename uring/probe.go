@@ -63,6 +63,15 @@ func kernelRelease() string {
 	return unix.ByteSliceToString(u.Release[:])
 }
 
+// olderThan reports whether a kernel release, as uname -r prints it, is older than major.minor. What it cannot read is not.
+func olderThan(release string, major, minor int) bool {
+	var a, b int
+	if n, _ := fmt.Sscanf(release, "%d.%d", &a, &b); n < 2 {
+		return false
+	}
+	return a < major || a == major && b < minor
+}
+
 // memlockLimit returns how many bytes this process may pin: RLIMIT_MEMLOCK,
 // which CAP_IPC_LOCK lifts.
 func memlockLimit() uint64 {

@@ -138,3 +138,13 @@ func TestModel(t *testing.T) {
 		t.Logf("%+v", d.Info())
 	})
 }
+
+func TestOlderThan(t *testing.T) {
+	for release, want := range map[string]bool{
+		"6.1.0-50-amd64": true, "5.15.0": true, "6.11.9": true, "6.12.1": false, "6.12": false, "7.3.4+deb13-amd64": false, "unknown": false,
+	} {
+		if olderThan(release, 6, 12) != want {
+			t.Errorf("olderThan(%q, 6, 12) is not %v", release, want)
+		}
+	}
+}
