@@ -26,7 +26,8 @@ rm -f bin/vm-*.log
 } &
 {
 	guest linux-latest -t 1500 "${drives[@]}" latest "${all[@]}" transport=rdma "${all[@]}"
-	guest two -t 900 -2 latest "${pair[@]}" transport=rdma "${pair[@]}"
+	guest two -t 450 -2 latest "${pair[@]}"
+	guest two-rdma -t 450 -2 latest transport=rdma "${pair[@]}" # the second guest has one transport
 } &
 wait
 
