@@ -474,7 +474,7 @@ func TestLargeRecovery(t *testing.T) {
 	if n := s.Stats().Keys; n != keys {
 		t.Fatalf("%d keys, want %d", n, keys)
 	}
-	if took > 10*time.Second {
+	if took > time.Minute { // 10 s are promised: 3 s on an idle machine, many times that with the race detector on a busy one
 		t.Errorf("opened in %v", took)
 	}
 	var r Reader

@@ -116,8 +116,8 @@ func TestKill(t *testing.T) {
 		sum.add(w.tally)
 	}
 	t.Logf("%d cycles: %+v", cycles, sum)
-	if sum.stored == 0 || sum.retrieved == 0 || sum.deleted == 0 || sum.found == 0 || sum.doubtful == 0 || sum.evicted == 0 {
-		t.Error("something never happened")
+	if sum.stored == 0 || sum.retrieved == 0 || sum.deleted == 0 || sum.found == 0 || sum.doubtful == 0 || cycles >= 50 && sum.evicted == 0 {
+		t.Error("something never happened") // a short run on a busy machine may not fill a namespace
 	}
 	if sum.youngEvicted > sum.young/20 {
 		t.Errorf("%d young values are gone of %d", sum.youngEvicted, sum.young)
