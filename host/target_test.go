@@ -2,71 +2,28 @@ package host_test
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
-	"log/slog"
-	"net"
-	"net/netip"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/kvof/kvof/configs"
 	"github.com/kvof/kvof/host"
 	"github.com/kvof/kvof/nvmeof"
 	"github.com/kvof/kvof/rdma"
 	"github.com/kvof/kvof/rdma/rdmatest"
-	"github.com/kvof/kvof/target"
-	targetrdma "github.com/kvof/kvof/target/rdma"
-	targettcp "github.com/kvof/kvof/target/tcp"
-	"github.com/kvof/kvof/uring"
+	"github.com/kvof/kvof/target/targettest"
 )
-
-const nqn = "nqn.2026-11.dev.kvof:test"
 
 // serveBoth starts our own target on both transports, with a Key Value and a block namespace in memory, and returns how to
 // reach it over each.
 func serveBoth(t *testing.T, caps rdma.Caps) (far *rdmatest.Device, ways map[string]host.Options) {
-	log := slog.New(slog.DiscardHandler)
-	n := rdmatest.New()
-	far = n.AddDevice("host0", netip.MustParseAddr("192.0.2.2"), caps)
-	n.AddDevice("target0", netip.MustParseAddr("192.0.2.1"), rdmatest.DefaultCaps())
-	arena, err := uring.NewArena(32 << 20)
-	if err != nil {
-		t.Fatal(err)
-	}
-	tg := target.New(arena, configs.Limits{Controllers: 100, IOQueues: 8, QueueEntries: 128}, log)
-	ns := []configs.Namespace{
-		{NSID: 1, Type: configs.KeyValue, Device: configs.DeviceMemory, Size: 512 << 20, MaxValue: configs.MaxValue},
-		{NSID: 2, Type: configs.Block, Device: configs.DeviceMemory, Size: 16 << 20, LBASize: 4096},
-	}
-	if err := tg.Apply(&configs.Config{Subsystems: []configs.Subsystem{{NQN: nqn, Serial: "1", AllowAnyHost: true, Namespaces: ns}}}); err != nil {
-		t.Fatal(err)
-	}
-	fabric := targetrdma.New(tg, n, log)
-	over, err := fabric.Listen(netip.MustParseAddrPort("192.0.2.1:4420"), false)
-	if err != nil {
-		t.Fatal(err)
-	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	tcp := targettcp.Listen(tg, l, false, log)
-	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-		defer cancel()
-		if err := errors.Join(over.Close(ctx), tcp.Close(ctx), fabric.Close(), tg.Close(), arena.Close()); err != nil {
-			t.Error(err)
-		}
-		if f := n.Faults(); f != (rdmatest.Faults{}) {
-			t.Errorf("a device would punish %+v", f)
-		}
-	})
-	return far, map[string]host.Options{
-		"tcp":  {SubNQN: nqn, Addr: l.Addr().String()},
-		"rdma": {SubNQN: nqn, Addr: "192.0.2.1:4420", Transport: host.RDMA, Verbs: n},
+	s := targettest.Serve(t, targettest.Options{RDMA: true, HostCaps: caps})
+	s.Apply(configs.Namespace{NSID: 1, Type: configs.KeyValue, Device: configs.DeviceMemory, Size: 512 << 20, MaxValue: configs.MaxValue},
+		configs.Namespace{NSID: 2, Type: configs.Block, Device: configs.DeviceMemory, Size: 16 << 20, LBASize: 4096})
+	return s.Host, map[string]host.Options{
+		"tcp":  {SubNQN: s.NQN, Addr: s.Addr},
+		"rdma": {SubNQN: s.NQN, Addr: s.RDMA, Transport: host.RDMA, Verbs: s.Verbs},
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/kvof/kvof/configs"
+	"github.com/kvof/kvof/rdma"
 	"github.com/kvof/kvof/rdma/rdmatest"
 	"github.com/kvof/kvof/target"
 	targetrdma "github.com/kvof/kvof/target/rdma"
@@ -26,10 +27,11 @@ const NQN = "nqn.2026-11.dev.kvof:test"
 type Options struct {
 	Addr      string // host:port to listen at; a free port on loopback by default
 	NQN       string
-	Size      int64 // of the Key Value namespace in bytes, 256 MiB by default
-	MaxValue  int64 // in bytes, 64 MiB by default
-	Discovery bool  // the port serves the discovery subsystem alone, besides one for I/O
-	RDMA      bool  // also over RDMA
+	Size      int64     // of the Key Value namespace in bytes, 256 MiB by default
+	MaxValue  int64     // in bytes, 64 MiB by default
+	Discovery bool      // the port serves the discovery subsystem alone, besides one for I/O
+	RDMA      bool      // also over RDMA
+	HostCaps  rdma.Caps // of the hosts' device; [rdmatest.DefaultCaps] by default
 }
 
 // Server is a running target.
@@ -38,8 +40,9 @@ type Server struct {
 	Discovery string // of the port for discovery alone, if asked for
 	NQN       string
 	Target    *target.Target
-	RDMA      string        // of RDMA, if asked for
-	Verbs     *rdmatest.Net // to be used by hosts
+	RDMA      string           // of RDMA, if asked for
+	Verbs     *rdmatest.Net    // to be used by hosts
+	Host      *rdmatest.Device // the hosts'
 
 	t         testing.TB
 	arena     *uring.Arena
@@ -63,6 +66,9 @@ func Serve(t testing.TB, o Options) *Server {
 	if o.MaxValue == 0 {
 		o.MaxValue = 64 << 20
 	}
+	if o.HostCaps == (rdma.Caps{}) {
+		o.HostCaps = rdmatest.DefaultCaps()
+	}
 	s := &Server{t: t, NQN: o.NQN}
 	var err error
 	if s.arena, err = uring.NewArena(32 << 20); err != nil {
@@ -76,7 +82,7 @@ func Serve(t testing.TB, o Options) *Server {
 		s.Discovery = s.listen("127.0.0.1:0", true)
 	}
 	if o.RDMA {
-		s.listenRDMA()
+		s.listenRDMA(o.HostCaps)
 	}
 	t.Cleanup(s.Stop)
 	return s
@@ -109,12 +115,13 @@ func (s *Server) listen(addr string, discovery bool) string {
 }
 
 // listenRDMA makes a network of two devices, the target's and the hosts'.
-func (s *Server) listenRDMA() {
+func (s *Server) listenRDMA(host rdma.Caps) {
 	s.t.Helper()
 	s.Verbs = rdmatest.New()
 	addr := netip.MustParseAddrPort("192.0.2.1:4420")
+	// The first device is what a host takes that asks for none.
+	s.Host = s.Verbs.AddDevice("host0", netip.MustParseAddr("192.0.2.2"), host)
 	s.Verbs.AddDevice("target0", addr.Addr(), rdmatest.DefaultCaps())
-	s.Verbs.AddDevice("host0", netip.MustParseAddr("192.0.2.2"), rdmatest.DefaultCaps())
 	s.rdma = targetrdma.New(s.Target, s.Verbs, slog.New(slog.DiscardHandler))
 	l, err := s.rdma.Listen(addr, false)
 	if err != nil {
