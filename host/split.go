@@ -76,8 +76,8 @@ func isRoot(b []byte) bool { return bytes.HasPrefix(b, rootMagic) }
 
 // decodeRootHeader reads all of a root but its digests. size is that of the whole root in bytes.
 func decodeRootHeader(b []byte, size int) (*root, error) {
-	if len(b) < rootHeader {
-		return nil, damaged("the root is too short")
+	if len(b) < rootHeader || !isRoot(b) {
+		return nil, damaged("not a root")
 	}
 	if f := binary.LittleEndian.Uint32(b[16:]); f != splitFormat {
 		return nil, damaged("the root has format %d", f)

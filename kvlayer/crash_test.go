@@ -576,6 +576,7 @@ func FuzzSuper(f *testing.F) {
 	f.Add(b)
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, b []byte) {
+		b = bytes.Clone(b) // the fuzzer keeps its own
 		if len(b) >= block {
 			copy(b[8:], superMagic[:])
 			sealStruct(b[:block], 0)
@@ -600,6 +601,7 @@ func FuzzSegment(f *testing.F) {
 	putSegment(b, 9, segmentHeader{index: 4, gen: 77, member: 3, tenant: 2, class: classHot, epoch: 8})
 	f.Add(b[:segmentLen])
 	f.Fuzz(func(t *testing.T, b []byte) {
+		b = bytes.Clone(b) // the fuzzer keeps its own
 		if len(b) >= segmentLen {
 			copy(b[8:], segmentMagic[:])
 			sealStruct(b[:segmentLen], 9)
@@ -623,6 +625,7 @@ func FuzzRecord(f *testing.F) {
 	putRecord(b, 9, record{kind: recordDead, key: key(1), size: MaxValue}, nil)
 	f.Add(bytes.Clone(b[:recordLen]))
 	f.Fuzz(func(t *testing.T, b []byte) {
+		b = bytes.Clone(b) // the fuzzer keeps its own
 		if len(b) >= recordLen {
 			copy(b[8:], recordMagic[:])
 			sealStruct(b[:recordLen], 9)
@@ -653,6 +656,7 @@ func FuzzSummary(f *testing.F) {
 		{kind: recordDead, key: key(2), off: dataStart + 3*block, seq: 9, from: 3, size: 100}})
 	f.Add(bytes.Clone(b))
 	f.Fuzz(func(t *testing.T, b []byte) {
+		b = bytes.Clone(b) // the fuzzer keeps its own
 		if len(b) >= block {
 			copy(b[8:], summaryMagic[:])
 			le.PutUint64(b[16:], 7)
