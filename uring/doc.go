@@ -29,8 +29,7 @@
 // entries and 32-byte completions (IORING_SETUP_SQE128, CQE32), a registered
 // file, IORING_SETUP_IOPOLL where asked for, and URING_CMD with
 // NVME_URING_CMD_IO and _IO_VEC (linux/nvme_ioctl.h): Linux 6.1. Alignment of direct I/O comes from
-// statx(2), STATX_DIOALIGN. Linux 5.15 or later; buffers are registered from
-// Linux 5.19 on.
+// statx(2), STATX_DIOALIGN. All of it runs on Linux 6.1 and later.
 //
 // The ring arithmetic is giouring's. Go 1.23 and later link it only with
 // -ldflags=-checklinkname=0.

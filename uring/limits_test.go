@@ -144,7 +144,7 @@ func TestProbe(t *testing.T) {
 
 func TestExplain(t *testing.T) {
 	for errno, says := range map[syscall.Errno]string{
-		unix.ENOSYS: "Linux 5.15", unix.ENOMEM: "ulimit -l", unix.EMFILE: "ulimit -n", unix.EINVAL: "invalid argument",
+		unix.ENOSYS: "Linux 6.1", unix.ENOMEM: "ulimit -l", unix.EMFILE: "ulimit -n", unix.EINVAL: "invalid argument",
 	} {
 		if s := explain(fmt.Errorf("wrapped: %w", errno)); !strings.Contains(s, says) {
 			t.Errorf("%v: %s", errno, s)

@@ -38,7 +38,7 @@ func Probe() Features {
 func explain(err error) string {
 	switch {
 	case errors.Is(err, unix.ENOSYS):
-		return "this kernel has no io_uring: run Linux 5.15 or later, with CONFIG_IO_URING"
+		return "this kernel has no io_uring: run Linux 6.1 or later, with CONFIG_IO_URING"
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
 		switch v, _ := os.ReadFile("/proc/sys/kernel/io_uring_disabled"); strings.TrimSpace(string(v)) {
 		case "2":
