@@ -118,7 +118,8 @@ def test_the_real_adapter_counts_what_is_stored_and_deleted(target, unique):
 
     try:
         ks = [ObjectKey(chunk_hash=i.to_bytes(16, "big"), model_name="m", kv_rank=0) for i in range(4)]
-        task = adapter.submit_store_task(ks[:3], [obj(i + 1) for i in range(3)])
+        stored = [obj(i + 1) for i in range(3)]  # the caller's until the task is done
+        task = adapter.submit_store_task(ks[:3], stored)
         wait(adapter.get_store_event_fd())
         assert adapter.pop_completed_store_tasks()[task].is_successful()
         task = adapter.submit_lookup_and_lock_task(ks, {})
@@ -130,7 +131,7 @@ def test_the_real_adapter_counts_what_is_stored_and_deleted(target, unique):
         wait(adapter.get_load_event_fd())
         got = adapter.query_load_result(task)
         assert [got.test(i) for i in range(4)] == [True, True, True, False]
-        assert all(torch.equal(loaded[i].tensor.view(torch.uint8), obj(i + 1).tensor.view(torch.uint8)) for i in range(3))
+        assert all(torch.equal(a.tensor.view(torch.uint8), b.tensor.view(torch.uint8)) for a, b in zip(loaded, stored))
         adapter.submit_unlock(ks)
         adapter.delete(ks[:2])
         task = adapter.submit_lookup_and_lock_task(ks, {})
