@@ -18,8 +18,7 @@ const (
 
 // Flags of a work request (enum ibv_send_flags).
 const (
-	FlagFence    = 1 << 0 // begins only when the queue's READs before it are over
-	FlagSignaled = 1 << 1 // makes a completion; that of a later one says that all before it are over
+	FlagSignaled = 1 << 1 // makes a completion; that of a later one says that all before it are over, but for READs on soft-iWARP
 	FlagInline   = 1 << 3 // its SGEs are copied at once
 )
 

@@ -38,6 +38,7 @@ type Faults struct {
 	ReadDepth   int // READs beyond what the connection allows
 	SGEs        int // requests with more SGEs than their queue takes, or READs than the device takes
 	Access      int // keys or addresses that were wrong
+	ByReference int // unsignaled WRITEs of a page or more on iWARP: soft-iWARP does not copy them, and their memory may change before it is sent
 	LeakedMRs   int // registrations that outlived their device
 	LeakedOther int // queues that outlived their device
 }
@@ -104,6 +105,7 @@ type Device struct {
 	srqs    int
 	ids     []*conn
 	stalled bool
+	late    bool // READs are
 	events  chan rdma.Event
 	// Registrations counts calls of Register.
 	Registrations int
@@ -184,11 +186,24 @@ func (d *Device) Remove() {
 func (d *Device) Stall(on bool) {
 	d.net.mu.Lock()
 	defer d.net.mu.Unlock()
-	if d.stalled = on; !on {
-		for _, c := range d.ids {
-			if c.qp != nil {
-				c.qp.run()
-			}
+	d.stalled = on
+	d.run()
+}
+
+// LateReads keeps the READs of an iWARP device's queue pairs from being carried out, until it is called with false: what was posted
+// later overtakes them.
+func (d *Device) LateReads(on bool) {
+	d.net.mu.Lock()
+	defer d.net.mu.Unlock()
+	d.late = on
+	d.run()
+}
+
+// run carries out what may be.
+func (d *Device) run() {
+	for _, c := range d.ids {
+		if c.qp != nil {
+			c.qp.run()
 		}
 	}
 }
@@ -458,9 +473,10 @@ type qp struct {
 	recv   *cq
 	rq     *recvQueue
 	sq     []sent // posted, not carried out
+	asked  []sent // READs of iWARP, of which the peer was asked: what is posted later does not wait for them
 	used   int    // places of the send queue
 	quiet  int    // of those, carried out without a completion
-	reads  int    // READs in sq
+	reads  int    // READs in sq and asked
 	failed bool
 	once   sync.Once
 	last   chan struct{}
@@ -513,8 +529,11 @@ func (q *qp) fail() {
 }
 
 func (q *qp) flush() {
+	for len(q.asked) > 0 {
+		q.done(&q.asked, rdma.WCFlush)
+	}
 	for len(q.sq) > 0 {
-		q.done(rdma.WCFlush)
+		q.done(&q.sq, rdma.WCFlush)
 	}
 	if q.attr.SRQ == nil {
 		for _, r := range q.rq.posted {
@@ -524,10 +543,10 @@ func (q *qp) flush() {
 	}
 }
 
-// done completes the oldest request.
-func (q *qp) done(st rdma.WCStatus) {
-	w := q.sq[0].w
-	q.sq = q.sq[1:]
+// done completes the oldest request of sq or asked.
+func (q *qp) done(list *[]sent, st rdma.WCStatus) {
+	w := (*list)[0].w
+	*list = (*list)[1:]
 	if w.Op == rdma.OpRead {
 		q.reads--
 	}
@@ -549,74 +568,88 @@ func (q *qp) run() {
 		return
 	}
 	for len(q.sq) > 0 && !q.failed && !q.dev.stalled {
-		s := &q.sq[0]
-		peer := q.conn.peer
-		if peer == nil || peer.qp == nil {
-			return // not connected yet
+		if q.dev.caps.IWARP && q.sq[0].w.Op == rdma.OpRead {
+			q.asked, q.sq = append(q.asked, q.sq[0]), q.sq[1:]
+		} else if !q.carryOut(&q.sq) {
+			break
 		}
-		if f := q.dev.net.Fault; f != nil {
-			if st := f(&s.w); st != rdma.WCSuccess {
-				q.done(st)
-				continue
-			}
-		}
-		if peer.qp.failed {
-			q.done(rdma.WCRetry)
-			continue
-		}
-		parts, total, ok := q.dev.gather(s.sges, s.w.Flags&rdma.FlagInline != 0)
-		if !ok {
-			q.dev.net.faults.Access++
-			q.done(rdma.WCLocalAccess)
-			continue
-		}
-		switch s.w.Op {
-		case rdma.OpWrite, rdma.OpRead:
-			need := rdma.RemoteWrite
-			if s.w.Op == rdma.OpRead {
-				need = rdma.RemoteRead
-			}
-			far := peer.dev.memory(s.w.RKey, s.w.Remote, uint64(total), need)
-			if far == nil && total > 0 {
-				peer.qp.fail()
-				q.done(rdma.WCRemoteAccess)
-				continue
-			}
-			for _, p := range parts {
-				if s.w.Op == rdma.OpRead {
-					copy(p, far)
-				} else {
-					copy(far, p)
-				}
-				far = far[len(p):]
-			}
-		default:
-			rq := peer.qp.rq
-			if len(rq.posted) == 0 {
-				q.dev.net.faults.RNR++
-				rq.waiting = append(rq.waiting, q)
-				return
-			}
-			r := rq.posted[0]
-			rq.posted = rq.posted[1:]
-			if total > len(r.mem) {
-				peer.qp.recv.add(entry{wc: rdma.MakeRecv(r.id, rdma.WCLocalLength, peer.qp.num, 0, 0)})
-				peer.qp.fail()
-				q.done(rdma.WCRemoteInval)
-				continue
-			}
-			at := 0
-			for _, p := range parts {
-				at += copy(r.mem[at:], p)
-			}
-			inv := uint32(0)
-			if s.w.Op == rdma.OpSendInvalidate {
-				inv = s.w.RKey
-			}
-			peer.qp.recv.add(entry{wc: rdma.MakeRecv(r.id, rdma.WCSuccess, peer.qp.num, uint32(total), inv)})
-		}
-		q.done(rdma.WCSuccess)
 	}
+	for len(q.asked) > 0 && !q.failed && !q.dev.stalled && !q.dev.late && q.carryOut(&q.asked) {
+	}
+}
+
+// carryOut carries out the oldest request of sq or asked; false when it must wait.
+func (q *qp) carryOut(list *[]sent) bool {
+	s := &(*list)[0]
+	peer := q.conn.peer
+	if peer == nil || peer.qp == nil {
+		return false // not connected yet
+	}
+	if f := q.dev.net.Fault; f != nil {
+		if st := f(&s.w); st != rdma.WCSuccess {
+			q.done(list, st)
+			return true
+		}
+	}
+	if peer.qp.failed {
+		q.done(list, rdma.WCRetry)
+		return true
+	}
+	parts, total, ok := q.dev.gather(s.sges, s.w.Flags&rdma.FlagInline != 0)
+	if !ok {
+		q.dev.net.faults.Access++
+		q.done(list, rdma.WCLocalAccess)
+		return true
+	}
+	switch s.w.Op {
+	case rdma.OpWrite, rdma.OpRead:
+		need := rdma.RemoteWrite
+		if s.w.Op == rdma.OpRead {
+			need = rdma.RemoteRead
+		} else if q.dev.caps.IWARP && total >= 4096 && s.w.Flags&rdma.FlagSignaled == 0 {
+			q.dev.net.faults.ByReference++
+		}
+		far := peer.dev.memory(s.w.RKey, s.w.Remote, uint64(total), need)
+		if far == nil && total > 0 {
+			peer.qp.fail()
+			q.done(list, rdma.WCRemoteAccess)
+			return true
+		}
+		for _, p := range parts {
+			if s.w.Op == rdma.OpRead {
+				copy(p, far)
+			} else {
+				copy(far, p)
+			}
+			far = far[len(p):]
+		}
+	default:
+		rq := peer.qp.rq
+		if len(rq.posted) == 0 {
+			q.dev.net.faults.RNR++
+			rq.waiting = append(rq.waiting, q)
+			return false
+		}
+		r := rq.posted[0]
+		rq.posted = rq.posted[1:]
+		if total > len(r.mem) {
+			peer.qp.recv.add(entry{wc: rdma.MakeRecv(r.id, rdma.WCLocalLength, peer.qp.num, 0, 0)})
+			peer.qp.fail()
+			q.done(list, rdma.WCRemoteInval)
+			return true
+		}
+		at := 0
+		for _, p := range parts {
+			at += copy(r.mem[at:], p)
+		}
+		inv := uint32(0)
+		if s.w.Op == rdma.OpSendInvalidate {
+			inv = s.w.RKey
+		}
+		peer.qp.recv.add(entry{wc: rdma.MakeRecv(r.id, rdma.WCSuccess, peer.qp.num, uint32(total), inv)})
+	}
+	q.done(list, rdma.WCSuccess)
+	return true
 }
 
 // listener implements rdma.Listener.

@@ -56,8 +56,9 @@ type conn struct {
 	ops      []*op // by request tag
 	out      fifo[item]
 	reads    fifo[item]
-	done     fifo[entry] // posted, in order
-	seq      uint32      // of the last in done
+	done     fifo[entry] // WRITEs and SENDs posted, in order
+	reading  fifo[entry] // READs posted, in order
+	seq      uint32      // of the last posted
 	free     int         // places of the send queue
 	readFree int         // READs that may begin
 	backs    []uint32    // slots to post again, before the next response
@@ -259,8 +260,8 @@ func (c *conn) stop() {
 // abort ends what was posted and did not complete, and what waited for its turn.
 func (c *conn) abort() {
 	c.mu.Lock()
-	done, reads := c.done, c.reads
-	c.done, c.reads = fifo[entry]{}, fifo[item]{}
+	done, reading, reads := c.done, c.reading, c.reads
+	c.done, c.reading, c.reads = fifo[entry]{}, fifo[entry]{}, fifo[item]{}
 	backs := c.backs
 	c.backs = nil
 	c.mu.Unlock()
@@ -268,9 +269,12 @@ func (c *conn) abort() {
 		backs = append(backs, a.slot)
 	}
 	for done.len() > 0 {
-		if e := done.pop(); e.end && e.kind != read {
+		if e := done.pop(); e.end {
 			c.retire(&e.item)
-		} else if e.end {
+		}
+	}
+	for reading.len() > 0 {
+		if e := reading.pop(); e.end {
 			c.arrived(e.op, false)
 		}
 	}
@@ -640,7 +644,11 @@ func (c *conn) fill(b *rdma.Batch) bool {
 func (c *conn) note(it item, wrs int, end bool) uint64 {
 	c.seq++
 	c.free -= wrs
-	c.done.push(entry{item: it, seq: c.seq, wrs: wrs, end: end})
+	posted := &c.done
+	if it.kind == read {
+		posted = &c.reading
+	}
+	posted.push(entry{item: it, seq: c.seq, wrs: wrs, end: end})
 	return c.serial<<32 | uint64(c.seq)
 }
 
@@ -702,7 +710,7 @@ func (c *conn) fillWrite(b *rdma.Batch) {
 		}
 	}
 	w.ID = c.note(item{op: o, kind: write, page: noPage}, 1, false)
-	if signal || c.free == 0 {
+	if signal || c.free == 0 || c.dev.caps.IWARP { // soft-iWARP has TCP send the memory itself, even late, unless asked when the WRITE is over
 		w.Flags = rdma.FlagSignaled
 	}
 	b.Add(w, sges[:n]...)
@@ -727,7 +735,9 @@ func (c *conn) fillResponse(b *rdma.Batch) {
 	b.Add(w, c.cqes.sge(cqe))
 }
 
-// sent handles the completion of a posted request: all before it are over too. The lane calls it.
+// sent handles the completion of a posted request: all before it are over too, but for READs. They have completions of their own,
+// which those of later requests overtake on soft-iWARP: until they come the data is not there, and the host's key is in use. The lane
+// calls it.
 func (c *conn) sent(wc *rdma.WC) {
 	if wc.ID>>32 != c.serial { // left of a queue pair that had the same number
 		return
@@ -736,8 +746,12 @@ func (c *conn) sent(wc *rdma.WC) {
 	c.progress.Add(1)
 	ended := c.lane.ended[:0]
 	c.mu.Lock()
-	for c.done.len() > 0 && int32(c.done.front().seq-uint32(wc.ID)) <= 0 {
-		e := c.done.pop()
+	seq, posted := uint32(wc.ID), &c.done
+	if c.reading.len() > 0 && c.reading.front().seq == seq {
+		posted = &c.reading
+	}
+	for posted.len() > 0 && int32(posted.front().seq-seq) <= 0 {
+		e := posted.pop()
 		c.free += e.wrs
 		if e.kind == read {
 			c.readFree++
@@ -797,7 +811,7 @@ func (c *conn) checkStall(d time.Duration) {
 		c.Close("no Connect in time")
 	}
 	c.mu.Lock()
-	busy := c.done.len() > 0 || c.out.len() > 0 || c.reads.len() > 0
+	busy := c.done.len()+c.reading.len()+c.out.len()+c.reads.len() > 0
 	c.mu.Unlock()
 	if now := c.progress.Load(); !busy || now != c.last {
 		c.last, c.still = now, 0

@@ -1,6 +1,7 @@
 package rdma
 
 import (
+	"fmt"
 	"testing"
 
 	"github.com/kvof/kvof/configs"
@@ -55,6 +56,33 @@ func TestTransfers(t *testing.T) {
 			if n := e.target.Status().Copied; n != 0 {
 				t.Errorf("%d payload bytes were copied", n)
 			}
+		})
+	}
+}
+
+// TestOvertakenRead has a READ's completion come after those of requests that were posted later, as soft-iWARP does: the command that
+// waits for its data goes on waiting.
+func TestOvertakenRead(t *testing.T) {
+	for _, device := range []configs.DeviceKind{configs.DeviceMemory, configs.DeviceFile} {
+		t.Run(fmt.Sprint(device), func(t *testing.T) {
+			e := serve(t, devices()["iWARP"], block(1, device, t.TempDir(), 16<<20))
+			_, io := e.queues(1 << 20)
+			const n = 16 * 4096
+			pattern(io.data[:n], 1)
+			var flush nvmeof.Command
+			flush.SetHeader(nvmeof.OpFlush, 0, 1)
+			e.dev.LateReads(true)
+			cid := io.send(io.rw(nvmeof.OpWrite, 1, 3, n/4096, 0), nil)
+			for range 3 {
+				io.must(flush, nil)
+				io.must(io.rw(nvmeof.OpRead, 1, 100, n/4096, n), nil)
+			}
+			e.dev.LateReads(false)
+			if cqe, err := io.recv(); err != nil || cqe.CID() != cid || cqe.Status() != nvmeof.Success {
+				t.Fatalf("%v, command %d, response %d: %v", err, cid, cqe.CID(), cqe.Status())
+			}
+			io.must(io.rw(nvmeof.OpRead, 1, 3, n/4096, n), nil)
+			check(t, "block", io.data[n:][:n], io.data[:n])
 		})
 	}
 }
