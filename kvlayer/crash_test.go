@@ -377,8 +377,17 @@ func TestBitFlips(t *testing.T) {
 		if got, err := get(s, key(1), 2*pieceSize); err != nil || !bytes.Equal(got, v[:2*pieceSize]) {
 			t.Fatalf("the pieces before it: %v", err)
 		}
-		if n := s.Stats().Corrupt; n != 2 {
-			t.Fatalf("%d corruptions counted, want 2", n)
+		for _, x := range []struct {
+			from, limit int64
+			damaged     bool
+		}{{pieceSize, pieceSize, false}, {3 * pieceSize, 1000, false}, {2*pieceSize + 4, 1, true}, {3*pieceSize - 4, 4, true}, {pieceSize + 4, pieceSize, true}} {
+			got, size, _, err := getRange(s, key(1), x.from, x.limit, 0)
+			if x.damaged != errors.Is(err, ErrCorrupt) || !x.damaged && (err != nil || size != int64(len(v)) || !bytes.Equal(got, v[x.from:min(size, x.from+x.limit)])) {
+				t.Fatalf("%d bytes from %d: %v", x.limit, x.from, err)
+			}
+		}
+		if n := s.Stats().Corrupt; n != 5 {
+			t.Fatalf("%d corruptions counted, want 5", n)
 		}
 		flip(data + 2*pieceSize + 5)
 		mustGet(t, s, key(1), v)
@@ -401,6 +410,34 @@ func TestBitFlips(t *testing.T) {
 		}
 		s.Close()
 	})
+}
+
+// TestRangeHeaders damages the header of each part of a value in turn: only ranges in that part meet it.
+func TestRangeHeaders(t *testing.T) {
+	d := newDisk(64 * mib)
+	s := open(t, d, newArena(t), never)
+	defer s.Close()
+	extent := s.p.super.extent
+	v := value(1, int(2*extent+100))
+	mustPut(t, s, key(1), v)
+	for damaged := range 3 {
+		e, _ := s.index.get(key(1), damaged, 0)
+		_, head := s.p.segmentOf(e.block())
+		flip := func() {
+			d.mu.Lock()
+			d.mem[head+recordLen] ^= 1
+			d.mu.Unlock()
+		}
+		flip()
+		for part := range int64(3) {
+			got, _, _, err := getRange(s, key(1), part*extent+4, 8, 0)
+			if int(part) == damaged && !errors.Is(err, ErrCorrupt) || int(part) != damaged && (err != nil || !bytes.Equal(got, v[part*extent+4:][:8])) {
+				t.Errorf("part %d, and part %d is damaged: %v", part, damaged, err)
+			}
+		}
+		flip()
+	}
+	mustGet(t, s, key(1), v)
 }
 
 // TestCleanDamaged cleans a segment in which a header is gone: that value is

@@ -250,6 +250,10 @@ func get(s *Store, k Key, limit int64) ([]byte, error) {
 		return nil, err
 	}
 	defer r.Close()
+	return readAll(&r)
+}
+
+func readAll(r *Reader) ([]byte, error) {
 	out := []byte{}
 	for {
 		b, err := r.Next()

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 
 	"github.com/kvof/kvof/uring"
 	"github.com/zeebo/xxh3"
@@ -24,10 +25,10 @@ type Reader struct {
 	sumOf int // the part whose checksums they are; -1: none
 
 	size    int64 // of the whole value
-	end     int64 // bytes of the value to return
-	last    int64 // bytes to read: end, up to the end of its piece
-	pos     int64 // bytes returned
-	started int64 // bytes whose read has started
+	pos     int64 // what Next returns next: from here on
+	end     int64 // up to here
+	last    int64 // what is read ends here, at the end of end's piece
+	started int64 // reads have started up to here
 	slots   [window]transferSlot
 	head, n int // the slots in flight: n from head on
 	err     error
@@ -37,13 +38,25 @@ type Reader struct {
 // smaller. A limit of 0 asks only for the size. ErrNotFound, ErrCorrupt when
 // its header is damaged, or the device's error leave r idle; else it is in use
 // until Close, and sees the value as it is now, whatever happens to k.
-func (s *Store) Open(r *Reader, k Key, limit int64) error {
-	err := s.open(r, k, limit, s.touches())
-	s.c.looked(err == nil)
+func (s *Store) Open(r *Reader, k Key, limit int64) error { return s.OpenRange(r, k, 0, limit, 0) }
+
+// OpenRange is Open for the bytes of k's value from offset on, at most limit; none
+// from its end on. Only the pieces in which they lie are read and verified. tag,
+// if not 0, is the Tag that the value must have: else ErrReplaced. Of ranges, those
+// from offset 0 count as a read of the value.
+func (s *Store) OpenRange(r *Reader, k Key, offset, limit int64, tag uint32) error {
+	touches := 0
+	if offset == 0 {
+		touches = s.touches()
+	}
+	err := s.open(r, k, offset, limit, tag, touches)
+	if offset == 0 {
+		s.c.looked(err == nil)
+	}
 	return err
 }
 
-func (s *Store) open(r *Reader, k Key, limit int64, touches int) error {
+func (s *Store) open(r *Reader, k Key, offset, limit int64, tag uint32, touches int) error {
 	if r.s != nil {
 		return errInUse
 	}
@@ -55,13 +68,19 @@ func (s *Store) open(r *Reader, k Key, limit int64, touches int) error {
 			return ErrNotFound
 		}
 		r.s, r.size = s, r.es[0].size()
-		r.end = min(r.size, max(0, limit))
+		if tag != 0 && tag != r.Tag() {
+			r.Close()
+			return ErrReplaced
+		}
+		r.pos = min(r.size, max(0, offset))
+		r.end = r.pos + min(r.size-r.pos, max(0, limit))
 		r.last = min(r.size, pieces(r.end)*pieceSize)
-		r.pos, r.started, r.head, r.n, r.err, r.sumOf = 0, 0, 0, 0, nil, -1
-		if r.end == 0 {
+		r.started = r.pos - r.pos%pieceSize
+		r.head, r.n, r.err, r.sumOf = 0, 0, nil, -1
+		if r.pos == r.end {
 			return nil
 		}
-		err := r.readHeader(0)
+		err := r.readHeader(int(r.started / s.p.super.extent))
 		if err == nil {
 			return nil
 		}
@@ -121,8 +140,8 @@ func (r *Reader) at(off int64) (*device, int64) {
 // errChanged tells that a value was replaced or deleted before its header was read.
 var errChanged = errors.New("kvlayer: value has changed")
 
-// readHeader reads the checksums of one part, those of the first with the first of the data on
-// its way.
+// readHeader reads the checksums of one part, those of the first that is read with the first of
+// the data on its way.
 func (r *Reader) readHeader(part int) error {
 	s, e := r.s, r.es[part]
 	sl, err := s.p.slot()
@@ -159,7 +178,7 @@ func (r *Reader) loadHeader(sl *slot, part int) (bool, error) {
 	} else {
 		sl.op.Kind, sl.op.Off, sl.op.Data, sl.op.Placement = uring.OpRead, off, sl.mem, 0
 		sl.op.Start(g.dev.Device)
-		if part == 0 {
+		if r.sumOf < 0 {
 			r.start(false)
 		}
 		if err := g.dev.failed(sl.op.Wait()); err != nil {
@@ -206,12 +225,17 @@ func (r *Reader) corrupt(what string, e entry, off int64) error {
 // Size is the value's full size in bytes.
 func (r *Reader) Size() int64 { return r.size }
 
+// Tag tells the values of a key apart: those stored less than 68 minutes apart
+// have different ones, others almost always. It is never 0, and stays when a
+// value is moved or the store opened again.
+func (r *Reader) Tag() uint32 { return uint32(1 + r.es[0].seq()%math.MaxUint32) }
+
 // start starts reads as far as window and buffers allow. If must is set and none
 // is in flight, it waits for a buffer.
 func (r *Reader) start(must bool) {
 	p := r.s.p
 	for r.n < window && r.started < r.last {
-		want := min(uring.LargeBuf, r.last-r.started, p.super.extent-r.started%p.super.extent)
+		want := min(uring.LargeBuf-r.started%uring.LargeBuf, r.last-r.started, p.super.extent-r.started%p.super.extent)
 		t := &r.slots[(r.head+r.n)%window]
 		var ok bool
 		if t.buf, ok = p.arena.TryGet(int(roundUp(want))); !ok {
@@ -242,16 +266,17 @@ func (r *Reader) Next() (uring.Buf, error) {
 		return uring.Buf{}, io.EOF
 	}
 	p := r.s.p
-	if part := int(r.pos / p.super.extent); part != r.sumOf {
+	from := r.pos - r.pos%pieceSize // only the first piece is not returned from its beginning
+	if part := int(from / p.super.extent); part != r.sumOf {
 		if r.err = r.readHeader(part); r.err != nil {
 			return uring.Buf{}, r.err
 		}
 	}
 	var b uring.Buf
-	inPart := r.pos % p.super.extent
+	inPart := from % p.super.extent
 	if p.mem {
-		d, off := r.at(r.pos)
-		b = uring.View(d.View(off, min(viewSize, r.last-r.pos, p.super.extent-inPart)))
+		d, off := r.at(from)
+		b = uring.View(d.View(off, min(viewSize, r.last-from, p.super.extent-inPart)))
 	} else {
 		r.start(true)
 		t := &r.slots[r.head]
@@ -262,18 +287,18 @@ func (r *Reader) Next() (uring.Buf, error) {
 			return uring.Buf{}, r.err
 		}
 		b = t.buf
-		b.Data = b.Data[:min(int64(len(b.Data)), r.last-r.pos)] // without padding
+		b.Data = b.Data[:min(int64(len(b.Data)), r.last-from)] // without padding
 	}
 	for off := int64(0); off < int64(len(b.Data)); off += pieceSize {
 		piece := b.Data[off:min(off+pieceSize, int64(len(b.Data)))]
 		if xxh3.Hash(piece) != r.sums[(inPart+off)/pieceSize] {
 			b.Put()
-			_, at := r.at(r.pos + off)
+			_, at := r.at(from + off)
 			r.err = r.corrupt("piece", r.es[r.sumOf], at)
 			return uring.Buf{}, r.err
 		}
 	}
-	b.Data = b.Data[:min(int64(len(b.Data)), r.end-r.pos)]
+	b.Data = b.Data[r.pos-from : min(int64(len(b.Data)), r.end-from)]
 	r.pos += int64(len(b.Data))
 	return b, nil
 }

@@ -58,7 +58,7 @@ func (p *Pool) pause(d time.Duration) bool {
 
 // verify reads k's value. What is wrong with it is counted and logged where it is found.
 func (s *Store) verify(r *Reader, k Key) (n int64) {
-	if s.open(r, k, MaxValue, 0) != nil {
+	if s.open(r, k, 0, MaxValue, 0, 0) != nil {
 		return block
 	}
 	defer r.Close()

@@ -17,6 +17,7 @@ var (
 	ErrNotFound = errors.New("kvlayer: key does not exist")
 	ErrExists   = errors.New("kvlayer: key exists")
 	ErrNoSpace  = errors.New("kvlayer: no space, or the limit of keys is reached")
+	ErrReplaced = errors.New("kvlayer: the key has another value")
 	ErrTooLarge = errors.New("kvlayer: value is too large")
 	ErrKeySize  = errors.New("kvlayer: a key has 1 to 16 bytes")
 	ErrCorrupt  = errors.New("kvlayer: stored value is corrupt")

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"io"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -67,6 +68,90 @@ func TestValues(t *testing.T) {
 		defer s.Close()
 		check()
 	})
+}
+
+// getRange reads a range; the Reader's Tag is that of the value it came from.
+func getRange(s *Store, k Key, offset, limit int64, tag uint32) (b []byte, size int64, is uint32, err error) {
+	var r Reader
+	if err := s.OpenRange(&r, k, offset, limit, tag); err != nil {
+		return nil, 0, 0, err
+	}
+	defer r.Close()
+	b, err = readAll(&r)
+	return b, r.Size(), r.Tag(), err
+}
+
+func TestRange(t *testing.T) {
+	devices(t, 128*mib, func(t *testing.T, dev uring.Device, a *uring.Arena) {
+		s := open(t, dev, a, never)
+		defer func() { s.Close() }()
+		extent := int(s.p.super.extent)
+		var tags []uint32
+		sizes := []int{0, 1, 4097, pieceSize, 3*pieceSize + 5, extent, 2*extent + pieceSize + 100}
+		for i, n := range sizes {
+			v := value(uint64(i), n)
+			mustPut(t, s, key(i), v)
+			_, _, tag, err := getRange(s, key(i), 0, 0, 0)
+			if err != nil || tag == 0 || slices.Contains(tags, tag) {
+				t.Fatalf("tag %x of %x: %v", tag, tags, err)
+			}
+			tags = append(tags, tag)
+			edges := []int{-1, 0, 4, n - 1, n, 1 << 40, pieceSize - 1, 2*pieceSize + 8, extent - 4, extent, 2*extent + 1}
+			for _, from := range edges {
+				for _, limit := range []int{0, 1, pieceSize, 2*pieceSize + 1, extent + 2*pieceSize, math.MaxInt} {
+					lo := min(max(0, from), n)
+					want := v[lo:]
+					want = want[:min(limit, len(want))]
+					got, size, is, err := getRange(s, key(i), int64(from), int64(limit), tag*uint32(limit%2))
+					if err != nil || size != int64(n) || is != tag || !bytes.Equal(got, want) {
+						t.Fatalf("%d bytes from %d of %d: %d bytes, size %d, tag %x for %x, %v", limit, from, n, len(got), size, is, tag, err)
+					}
+				}
+			}
+		}
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		s = open(t, dev, a, never)
+		for i, tag := range tags {
+			if _, _, is, err := getRange(s, key(i), 0, 1, tag); err != nil || is != tag {
+				t.Fatalf("opened again: tag %x, not %x: %v", is, tag, err)
+			}
+		}
+		k := len(sizes) - 1
+		old, n := tags[k], int64(sizes[k])
+		mustPut(t, s, key(k), value(9, sizes[k]))
+		if _, _, _, err := getRange(s, key(k), n-10, 10, old); !errors.Is(err, ErrReplaced) {
+			t.Fatalf("the value was replaced: %v", err)
+		}
+		got, _, tag, err := getRange(s, key(k), n-10, 20, 0)
+		if err != nil || tag == old || !bytes.Equal(got, value(9, sizes[k])[n-10:]) {
+			t.Fatalf("the new value: tag %x after %x, %v", tag, old, err)
+		}
+		if _, err := s.Delete(key(k)); err != nil {
+			t.Fatal(err)
+		}
+		if _, _, _, err := getRange(s, key(k), n-10, 10, tag); !errors.Is(err, ErrNotFound) {
+			t.Fatalf("the value was deleted: %v", err)
+		}
+	})
+}
+
+// TestRangeStats counts a value that is read in ranges once.
+func TestRangeStats(t *testing.T) {
+	s := open(t, newDisk(8*mib), newArena(t), Options{Eviction: EvictS3FIFO})
+	defer s.Close()
+	mustPut(t, s, key(1), value(1, 3*pieceSize))
+	for off := range int64(3) {
+		if _, _, _, err := getRange(s, key(1), off*pieceSize, pieceSize, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, _, _, _ = getRange(s, key(2), pieceSize, pieceSize, 0)
+	e, _ := s.index.get(key(1), 0, 0)
+	if st := s.Stats(); st.Hits != 1 || st.Misses != 0 || e.touches() != 1 {
+		t.Fatalf("%d hits, %d misses, %d touches", st.Hits, st.Misses, e.touches())
+	}
 }
 
 func TestLargestValue(t *testing.T) {

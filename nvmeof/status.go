@@ -55,6 +55,7 @@ const (
 	ConnectInvalidParam     Status = 0x182 // Connect Invalid Parameters
 	ConnectRestart          Status = 0x183 // Connect Restart Discovery
 	ConnectInvalidHost      Status = 0x184 // Connect Invalid Host
+	ValueReplaced           Status = 0x1C0 // kvof's Retrieve Range: the value has another tag
 )
 
 // Media and data integrity (SCT 2) values.
@@ -83,6 +84,7 @@ var statusText = map[Status]string{
 	ConnectIncompatible: "connect: incompatible format", ConnectBusy: "connect: controller busy",
 	ConnectInvalidParam: "connect: invalid parameters", ConnectRestart: "connect: restart discovery",
 	ConnectInvalidHost: "connect: invalid host",
+	ValueReplaced:      "value replaced",
 	WriteFault:         "write fault", UnrecoveredReadError: "unrecovered read error", CompareFailure: "compare failure",
 	DeallocatedOrUnwritten: "deallocated or unwritten logical block",
 }

@@ -5,14 +5,20 @@ import (
 	"math/bits"
 )
 
-// kvof's one vendor specific command and the log page that advertises it; docs/vendor-commands.md specifies both.
+// kvof's vendor specific commands, of the Key Value command set, and the log page that advertises them;
+// docs/vendor-commands.md specifies them.
 const (
-	OpExistMany = 0xA1 // Exist Many: Key Value command set, data from the host
-	LogVendor   = 0xE1 // kvof Vendor Commands
+	OpExistMany     = 0xA1 // Exist Many: data from the host
+	OpRetrieveRange = 0xA2 // Retrieve Range: data to the host
+	LogVendor       = 0xE1 // kvof Vendor Commands
 )
 
 // MaxExistMany is the number of keys that one Exist Many asks for: one for each bit of DW0 and DW1.
 const MaxExistMany = 64
+
+// RangeGranularity is what Retrieve Range reads and verifies at a time, in bytes: ranges that begin and end at multiples of
+// it cost no more than what they return.
+const RangeGranularity = 128 << 10
 
 // Sizes in bytes.
 const (
@@ -26,6 +32,17 @@ func MakeExistMany(nsid, n uint32) (c Command) {
 	c.SetKV(n, 0)
 	return c
 }
+
+// SetRange makes a Retrieve a Retrieve Range, of CDW10 bytes from offset on, which is a multiple of 4 bytes (CDW12). tag is
+// the one that the value must have (CDW13); 0: any.
+func (c *Command) SetRange(offset, tag uint32) {
+	c[0] = OpRetrieveRange
+	c.SetDW(12, offset)
+	c.SetDW(13, tag)
+}
+
+// Range is a Retrieve Range's offset in bytes, not validated, and the tag that it asks for.
+func (c *Command) Range() (offset, tag uint32) { return c.DW(12), c.DW(13) }
 
 // Found is an Exist Many's result: bit i is set when key i exists.
 type Found uint64
@@ -45,7 +62,7 @@ type VendorCommand struct {
 	Opcode  uint8
 	CSI     CSI
 	Version uint16
-	Limit   uint32 // Exist Many: keys in one command
+	Limit   uint32 // Exist Many: keys in one command; Retrieve Range: its granularity in bytes
 }
 
 const (

@@ -42,6 +42,24 @@ func TestExistMany(t *testing.T) {
 	}
 }
 
+func TestRetrieveRange(t *testing.T) {
+	var c Command
+	c.SetHeader(OpRetrieve, 3, 7)
+	c.SetKey([]byte("0123456789abcdef"))
+	c.SetKV(4096, 0)
+	retrieve := c
+	c.SetRange(0x89abcdec, 0x12345678)
+	if offset, tag := c.Range(); offset != 0x89abcdec || tag != 0x12345678 || c.Direction() != ControllerToHost {
+		t.Fatalf("%x, %x", offset, tag)
+	}
+	want := retrieve
+	want[0] = 0xA2
+	copy(want[48:], "\xec\xcd\xab\x89\x78\x56\x34\x12")
+	if c != want {
+		t.Fatalf("% x\nwant % x", c, want)
+	}
+}
+
 func FuzzVendorLog(f *testing.F) {
 	b := make([]byte, VendorLogSize)
 	EncodeVendorLog(b)
