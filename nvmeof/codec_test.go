@@ -426,7 +426,7 @@ func TestCheckNQN(t *testing.T) {
 }
 
 // TestStatus lists the names of the specifications: Base 2.0, figures of generic, command specific and media status
-// codes; KV, status codes.
+// codes; KV, status codes; and docs/vendor-commands.md.
 func TestStatus(t *testing.T) {
 	names := map[Status]string{
 		0x00: "success", 0x01: "invalid command opcode", 0x02: "invalid field in command", 0x03: "command ID conflict",
@@ -441,6 +441,7 @@ func TestStatus(t *testing.T) {
 		0x10D: "feature identifier not saveable", 0x10E: "feature not changeable", 0x12B: "I/O command set combination rejected",
 		0x12C: "invalid I/O command set", 0x180: "connect: incompatible format", 0x181: "connect: controller busy",
 		0x182: "connect: invalid parameters", 0x183: "connect: restart discovery", 0x184: "connect: invalid host",
+		0x1C0: "value replaced",
 		0x280: "write fault", 0x281: "unrecovered read error", 0x285: "compare failure", 0x287: "deallocated or unwritten logical block",
 	}
 	if !reflect.DeepEqual(statusText, names) {
