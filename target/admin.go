@@ -325,7 +325,7 @@ func (k *Controller) smart() *nvmeof.SMART {
 		s.UnitsWritten += (in + 511999) / 512000
 		s.UnitsRead += (out + 511999) / 512000
 		s.Writes += n.stats.count(nvmeof.OpWrite)
-		s.Reads += n.stats.count(nvmeof.OpRead)
+		s.Reads += n.stats.count(nvmeof.OpRead) + n.stats.count(nvmeof.OpRetrieveRange)
 		s.MediaErrors += n.stats.mediaErrors.Load()
 	}
 	k.mu.Lock()

@@ -1,6 +1,7 @@
 package target_test
 
 import (
+	"slices"
 	"testing"
 
 	"github.com/kvof/kvof/configs"
@@ -43,6 +44,13 @@ func FuzzCommand(f *testing.F) {
 	for _, op := range []uint8{0, 1, 2, 6, 0x10, 0x14} {
 		f.Add(seed(1, kv(op, 4096), 64))
 		f.Add(seed(3, kv(op, 64), 64))
+	}
+	stored := seed(3, kv(nvmeof.OpStore, 64), 64)
+	for _, x := range [][2]uint32{{0, 0}, {4, 0}, {60, 0}, {64, 0}, {1 << 31, 0}, {3, 0}, {0, 1}} {
+		c := kv(nvmeof.OpRetrieve, 32)
+		c.SetRange(x[0], x[1])
+		c.SetSGL(nvmeof.MakeSGL(nvmeof.SGLTransport, 0, 32))
+		f.Add(append(slices.Clone(stored), seed(1, c, 0)...))
 	}
 	l := nvmeof.NewKeyList(make([]byte, 0, 64))
 	l.Add([]byte("key"))

@@ -17,10 +17,12 @@ var kvEffects = map[uint8]uint32{
 	nvmeof.OpStore:    nvmeof.EffectSupported | nvmeof.EffectContent,
 	nvmeof.OpDelete:   nvmeof.EffectSupported | nvmeof.EffectContent,
 
-	nvmeof.OpExistMany: nvmeof.EffectSupported,
+	nvmeof.OpExistMany:     nvmeof.EffectSupported,
+	nvmeof.OpRetrieveRange: nvmeof.EffectSupported,
 }
 
-// kvCommand checks a Key Value command and starts it. CDW12 and CDW13 are never looked at: real hosts put things there.
+// kvCommand checks a Key Value command and starts it. CDW12 and CDW13 of the specification's own commands are never looked
+// at: real hosts put things there.
 func kvCommand(r *Request) {
 	c, n := &r.Cmd, r.ns
 	op := c.Opcode()
@@ -59,6 +61,12 @@ func kvCommand(r *Request) {
 			r.proceed(store)
 		}
 	case nvmeof.OpRetrieve:
+		r.proceed(retrieve)
+	case nvmeof.OpRetrieveRange:
+		if offset, _ := c.Range(); offset%4 != 0 {
+			r.fail(nvmeof.InvalidField)
+			return
+		}
 		r.proceed(retrieve)
 	case nvmeof.OpExist:
 		st := nvmeof.Success
@@ -110,23 +118,29 @@ func store(r *Request) {
 // commit makes the value that has arrived the key's.
 func commit(r *Request) { r.complete(statusOf(r.writer.Commit()), 0) }
 
-// retrieve sends the value piece by piece as it is read and verified. The value stays pinned until the data is out.
+// retrieve sends the value, or a range of it, piece by piece as it is read and verified. The value stays pinned until the
+// data is out.
 func retrieve(r *Request) {
 	c, n := &r.Cmd, r.ns
+	var offset, tag uint32
+	part := c.Opcode() == nvmeof.OpRetrieveRange
+	if part {
+		offset, tag = c.Range()
+	}
 	limit := int64(c.KVSize())
 	if !n.inline {
-		r.queue.reserve(r, holdFor(limit, readHold))
+		r.queue.reserve(r, holdFor(int64(offset)%uring.LargeBuf+limit, readHold))
 	}
 	if r.reader == nil {
 		r.reader = new(kvlayer.Reader)
 	}
-	if err := n.store.Open(r.reader, key(c), limit); err != nil {
+	if err := n.store.OpenRange(r.reader, key(c), int64(offset), limit, tag); err != nil {
 		r.complete(n.missing(err), 0)
 		return
 	}
 	r.pinned = true
 	size := r.reader.Size()
-	for end := min(size, limit); ; {
+	for end := min(size-int64(offset), limit); ; {
 		b, err := r.reader.Next()
 		if err == io.EOF {
 			break
@@ -137,7 +151,11 @@ func retrieve(r *Request) {
 		}
 		r.send(b, int64(r.Sent)+int64(len(b.Data)) == end)
 	}
-	r.complete(nvmeof.Success, uint32(size))
+	tag = 0
+	if part {
+		tag = r.reader.Tag()
+	}
+	r.finish(nvmeof.Success, uint32(size), tag)
 }
 
 func remove(r *Request) {

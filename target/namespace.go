@@ -188,6 +188,8 @@ func statusOf(err error) nvmeof.Status {
 		return nvmeof.KeyDoesNotExist | nvmeof.DNR
 	case errors.Is(err, kvlayer.ErrExists):
 		return nvmeof.KeyExists | nvmeof.DNR
+	case errors.Is(err, kvlayer.ErrReplaced):
+		return nvmeof.ValueReplaced | nvmeof.DNR
 	case errors.Is(err, kvlayer.ErrNoSpace), errors.Is(err, uring.ErrNoSpace):
 		return nvmeof.CapacityExceeded | nvmeof.DNR
 	case errors.Is(err, kvlayer.ErrTooLarge):

@@ -44,6 +44,7 @@ type script struct {
 	ports       map[string]*target.Port
 	conns       map[string]*fakeConn
 	cid         uint16
+	tags        []uint32 // of values, in the order they were seen
 }
 
 func (s *script) close() {
@@ -105,7 +106,7 @@ func (a args) data(size uint64) []byte {
 var properties = map[string]uint32{"CAP": nvmeof.PropCAP, "VS": nvmeof.PropVS, "CC": nvmeof.PropCC, "CSTS": nvmeof.PropCSTS, "NSSR": nvmeof.PropNSSR, "CRTO": nvmeof.PropCRTO}
 
 var opcodes = map[string]uint8{"store": nvmeof.OpStore, "retrieve": nvmeof.OpRetrieve, "list": nvmeof.OpList, "delete": nvmeof.OpDelete, "exist": nvmeof.OpExist,
-	"flush": nvmeof.OpFlush, "read": nvmeof.OpRead, "write": nvmeof.OpWrite, "compare": nvmeof.OpCompare, "verify": nvmeof.OpVerify, "write-zeroes": nvmeof.OpWriteZeroes}
+	"retrieve-range": nvmeof.OpRetrieve, "flush": nvmeof.OpFlush, "read": nvmeof.OpRead, "write": nvmeof.OpWrite, "compare": nvmeof.OpCompare, "verify": nvmeof.OpVerify, "write-zeroes": nvmeof.OpWriteZeroes}
 
 // run carries out one line of a script. conn=NAME chooses the connection, "a" unless told.
 func (s *script) run(t *testing.T, d *datadriven.TestData) string {
@@ -241,7 +242,7 @@ func (s *script) run(t *testing.T, d *datadriven.TestData) string {
 			cmd.SetDW(i, uint32(a.num(fmt.Sprintf("dw%d", i), 0)))
 		}
 		return send(0, nil)
-	case "store", "retrieve", "list", "delete", "exist":
+	case "store", "retrieve", "retrieve-range", "list", "delete", "exist":
 		size := a.num("size", uint64(len(a.hex("data"))))
 		cmd.SetHeader(opcodes[d.Cmd], 0, nsid)
 		cmd.SetKV(uint32(size), uint8(a.num("opt", 0)))
@@ -254,8 +255,11 @@ func (s *script) run(t *testing.T, d *datadriven.TestData) string {
 		if d.Cmd == "store" {
 			data = a.data(a.num("sgl", size))
 		}
-		if d.Cmd == "list" {
+		switch d.Cmd {
+		case "list":
 			return s.list(c, cmd, uint32(a.num("sgl", size)))
+		case "retrieve-range":
+			return s.retrieveRange(c, cmd, a, uint32(a.num("sgl", size)))
 		}
 		return send(size, data)
 	case "exist-many": // keys=(hex, ...), or data=hex as it is
@@ -341,6 +345,26 @@ func manyKeys(t *testing.T, d *datadriven.TestData, keys []string) []byte {
 		}
 	}
 	return l.Bytes()
+}
+
+// retrieveRange shows a Retrieve Range from off on. A value's tag is shown as the number of the value, and asked for by it.
+func (s *script) retrieveRange(c *fakeConn, cmd nvmeof.Command, a args, sgl uint32) string {
+	var tag uint32
+	if n := a.num("tag", 0); n > 0 {
+		tag = s.tags[n-1]
+	}
+	cmd.SetRange(uint32(a.num("off", 0)), tag)
+	cmd.SetCID(s.cid)
+	x := c.do(cmd, sgl, nil, false)
+	tag = x.cqe.DW1()
+	if tag == 0 {
+		return show(x)
+	}
+	if !slices.Contains(s.tags, tag) {
+		s.tags = append(s.tags, tag)
+	}
+	clear(x.cqe[4:8])
+	return fmt.Sprintf("tag %d ", slices.Index(s.tags, tag)+1) + show(x)
 }
 
 // list shows the keys of a List.

@@ -46,6 +46,7 @@ func (h *Histogram) snapshot() (s HistogramSnapshot) {
 type commandStats struct {
 	byOpcode          [nvmeof.OpExist + 1]opStats
 	existMany         opStats
+	retrieveRange     opStats
 	bytesIn, bytesOut counter
 	mediaErrors       counter
 }
@@ -55,6 +56,8 @@ func (s *commandStats) of(op uint8) *opStats {
 	switch {
 	case op == nvmeof.OpExistMany:
 		return &s.existMany
+	case op == nvmeof.OpRetrieveRange:
+		return &s.retrieveRange
 	case int(op) < len(s.byOpcode):
 		return &s.byOpcode[op]
 	}
@@ -72,7 +75,7 @@ func (s *commandStats) count(op uint8) (n uint64) {
 
 type opStats struct {
 	latency Histogram
-	errors  counter // other than a key that is absent or present
+	errors  counter // other than a key that is absent, present or replaced
 }
 
 // observe counts one command; in and out are its data bytes.
@@ -83,7 +86,7 @@ func (s *commandStats) observe(op uint8, st nvmeof.Status, d time.Duration, in, 
 	}
 	o.latency.observe(d)
 	switch st.Code() {
-	case nvmeof.Success, nvmeof.KeyDoesNotExist, nvmeof.KeyExists:
+	case nvmeof.Success, nvmeof.KeyDoesNotExist, nvmeof.KeyExists, nvmeof.ValueReplaced:
 	case nvmeof.UnrecoveredError, nvmeof.UnrecoveredReadError, nvmeof.WriteFault:
 		s.mediaErrors.Add(1)
 		o.errors.Add(1)

@@ -257,7 +257,7 @@ type commandName struct {
 
 // The names of the commands in status and metrics.
 var (
-	kvCommands = []commandName{{nvmeof.OpStore, "store"}, {nvmeof.OpRetrieve, "retrieve"}, {nvmeof.OpExist, "exist"}, {nvmeof.OpExistMany, "exist-many"},
+	kvCommands = []commandName{{nvmeof.OpStore, "store"}, {nvmeof.OpRetrieve, "retrieve"}, {nvmeof.OpRetrieveRange, "retrieve-range"}, {nvmeof.OpExist, "exist"}, {nvmeof.OpExistMany, "exist-many"},
 		{nvmeof.OpDelete, "delete"}, {nvmeof.OpList, "list"}, {nvmeof.OpFlush, "flush"}}
 	blockCommands = []commandName{{nvmeof.OpWrite, "write"}, {nvmeof.OpRead, "read"}, {nvmeof.OpWriteZeroes, "write-zeroes"},
 		{nvmeof.OpDSM, "dsm"}, {nvmeof.OpCompare, "compare"}, {nvmeof.OpVerify, "verify"}, {nvmeof.OpFlush, "flush"}}

@@ -44,9 +44,11 @@ func lookUp(r *Request) {
 	r.finish(nvmeof.Success, uint32(found), uint32(found>>32))
 }
 
-// vendorLog is the log page that advertises it.
+// vendorLog is the log page that advertises the vendor specific commands: Exist Many and Retrieve Range.
 func vendorLog() []byte {
 	b := make([]byte, nvmeof.VendorLogSize)
-	nvmeof.EncodeVendorLog(b, nvmeof.VendorCommand{Opcode: nvmeof.OpExistMany, CSI: nvmeof.CSIKV, Version: 1, Limit: nvmeof.MaxExistMany})
+	nvmeof.EncodeVendorLog(b,
+		nvmeof.VendorCommand{Opcode: nvmeof.OpExistMany, CSI: nvmeof.CSIKV, Version: 1, Limit: nvmeof.MaxExistMany},
+		nvmeof.VendorCommand{Opcode: nvmeof.OpRetrieveRange, CSI: nvmeof.CSIKV, Version: 1, Limit: nvmeof.RangeGranularity})
 	return b
 }
