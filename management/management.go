@@ -1,7 +1,8 @@
 // Package management is the endpoint that tells people and monitoring how a server is: HTTP on a Unix socket, and on
 // TCP where the configuration says so. Pins are all that it changes in the server, and through the socket alone.
 //
-//	GET /v1/health   200 while the process works and its devices answer, 503 otherwise
+//	GET /v1/health   200 while the process works, 503 otherwise: then a restart helps; of devices that are gone or do not
+//	                 answer, "degraded" and a line each: they do not keep the others from being served
 //	GET /v1/ready    200 while all that is configured is served, 503 with the reason otherwise
 //	GET /v1/status   target.Status as JSON
 //	GET /metrics     Prometheus text format 0.0.4
@@ -32,7 +33,8 @@ import (
 type Source interface {
 	Status() target.Status
 	Ready() error                     // nil: all that is configured is served
-	Health(ctx context.Context) error // nil: the devices answered before ctx ended
+	Alive(ctx context.Context) error  // nil: the server itself works
+	Health(ctx context.Context) error // nil: the devices answered before ctx ended; else a line for each that did not
 	Pin(nqn string, nsid uint32, key []byte, on bool) error
 }
 
@@ -168,7 +170,13 @@ func reply(w http.ResponseWriter, contentType string, body []byte) {
 func (h *handler) health(w http.ResponseWriter, r *http.Request) {
 	ctx, cancel := context.WithTimeout(r.Context(), healthTime)
 	defer cancel()
-	verdict(w, h.src.Health(ctx))
+	if err := h.src.Alive(ctx); err != nil {
+		verdict(w, err)
+	} else if err := h.src.Health(ctx); err != nil {
+		reply(w, "text/plain; charset=utf-8", fmt.Appendf(nil, "degraded\n%v\n", err))
+	} else {
+		verdict(w, nil)
+	}
 }
 
 func (h *handler) ready(w http.ResponseWriter, _ *http.Request) {

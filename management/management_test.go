@@ -30,10 +30,10 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 type fakeSource struct {
-	status        target.Status
-	ready, health error
-	pins          []string
-	pinErr        error
+	status               target.Status
+	ready, alive, health error
+	pins                 []string
+	pinErr               error
 }
 
 func (s *fakeSource) Pin(nqn string, nsid uint32, key []byte, on bool) error {
@@ -42,6 +42,7 @@ func (s *fakeSource) Pin(nqn string, nsid uint32, key []byte, on bool) error {
 }
 func (s *fakeSource) Status() target.Status        { return s.status }
 func (s *fakeSource) Ready() error                 { return s.ready }
+func (s *fakeSource) Alive(context.Context) error  { return s.alive }
 func (s *fakeSource) Health(context.Context) error { return s.health }
 
 // sample is a target with one command counted: 3 stores of 1.5 us, 100 us and 40 s.
@@ -80,7 +81,9 @@ func TestAnswers(t *testing.T) {
 	expect("GET", "/v1/ready", nil, 200, "ok\n")
 	src.ready, src.health = errors.New("the target is draining"), errors.New("the device of namespace 1 is silent")
 	expect("GET", "/v1/ready", nil, 503, "the target is draining\n")
-	expect("GET", "/v1/health", nil, 503, "the device of namespace 1 is silent\n")
+	expect("GET", "/v1/health", nil, 200, "degraded\nthe device of namespace 1 is silent\n")
+	src.alive = errors.New("the target has not answered")
+	expect("GET", "/v1/health", nil, 503, "the target has not answered\n")
 
 	expect("POST", "/v1/status", nil, 405, "Method Not Allowed\n")
 	expect("DELETE", "/metrics", nil, 405, "Method Not Allowed\n")

@@ -31,7 +31,7 @@ type namespace struct {
 	stats  commandStats
 	users  sync.WaitGroup // commands in flight
 	shadow shadow
-	pulse  pulse
+	disks  []*disk // all devices, those of its pool
 	pool   *pool
 	own    int64 // large buffers of the arena that are its own
 }
@@ -46,6 +46,7 @@ func openNamespace(c configs.Namespace, arena *uring.Arena, p *pool, log *slog.L
 	if n.dev, err = openDevice(c, arena); err != nil {
 		return nil, fmt.Errorf("namespace %d: %w", c.NSID, err)
 	}
+	n.disks = []*disk{{Device: n.dev}}
 	if n.inline = n.dev.View(0, 1) != nil; !n.inline {
 		if err := p.takeForGood(1); err != nil { // for Compare
 			n.dev.Close()
@@ -85,7 +86,7 @@ func openKV(c configs.Namespace, arena *uring.Arena, p *pool, log *slog.Logger) 
 	if n.kv, err = p.storageOf(c, arena, log); err != nil {
 		return nil, fmt.Errorf("namespace %d: %w", c.NSID, err)
 	}
-	n.dev, n.inline = n.kv.devs[0], n.kv.memory
+	n.dev, n.disks, n.inline = n.kv.devs[0], n.kv.disks, n.kv.memory
 	if n.store, err = n.kv.pool.Store(n.kv.tenant(c), policyOf(c, log)); err != nil {
 		return nil, errors.Join(fmt.Errorf("namespace %d: %w", c.NSID, err), p.release(n.kv))
 	}

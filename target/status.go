@@ -300,56 +300,123 @@ func (t *Target) Ready() error {
 	return nil
 }
 
-// Health asks every device for a sign of life, the read of one block, until ctx ends. That the read fails is a sign
-// too: it is the host's business, and counted.
+// Alive asks the target itself for a sign of life: that the locks which commands take are free before ctx ends. No device
+// keeps it from that.
+func (t *Target) Alive(ctx context.Context) error {
+	check := func() error {
+		for _, sub := range t.all() {
+			sub.status()
+		}
+		for _, k := range t.controllers() {
+			k.status()
+		}
+		return nil
+	}
+	if err := t.pulse.start(&t.checks, check).wait(ctx); err != nil {
+		return fmt.Errorf("the target %w", err)
+	}
+	return nil
+}
+
+// Health asks every device for a sign of life, the read of one block, until ctx ends. The error names all that have not
+// answered and those that are gone, a line each; the target serves what the others have. That a read fails is a sign of
+// life too: it is the host's business, and counted.
 func (t *Target) Health(ctx context.Context) error {
+	type question struct {
+		*beat
+		of   *disk
+		name string
+	}
+	var asked []question
 	for _, sub := range t.all() {
 		for _, n := range sub.list() {
 			if n = sub.acquire(n.NSID); n == nil {
 				continue
 			}
-			since, beat := n.pulse.start(n)
-			n.users.Done()
-			select {
-			case <-beat:
-			case <-ctx.Done():
-				return fmt.Errorf("%s: the device of namespace %d has not answered a read for %v", sub.NQN, n.NSID, time.Since(since).Round(time.Millisecond))
+			for _, d := range n.disks {
+				if !slices.ContainsFunc(asked, func(q question) bool { return q.of == d }) { // namespaces share a pool's
+					asked = append(asked, question{d.pulse.start(&n.users, d.check), d, fmt.Sprintf("%s: %s of namespace %d", sub.NQN, d.name(), n.NSID)})
+				}
 			}
+			n.users.Done()
 		}
+	}
+	var errs []error
+	for _, q := range asked {
+		if err := q.wait(ctx); err != nil {
+			errs = append(errs, fmt.Errorf("%s %w", q.name, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// disk is a device that is asked for signs of life.
+type disk struct {
+	uring.Device
+	pulse pulse
+}
+
+func (d *disk) name() string {
+	i := d.Info()
+	return cmp.Or(i.Path, i.Kind)
+}
+
+// check reads a block.
+func (d *disk) check() error {
+	// Not of the arena, which hosts may have used up. One block on a multiple of its size lies within two.
+	size := d.BlockSize()
+	b := make([]byte, 2*size)
+	skip := -int(uintptr(unsafe.Pointer(&b[0]))) & (size - 1)
+	op := &uring.Op{Kind: uring.OpRead, Data: b[skip : skip+size]}
+	if errors.Is(op.Do(d.Device), uring.ErrGone) {
+		return errors.New("is gone")
 	}
 	return nil
 }
 
-// pulse is the health check of one device. At most one read is in flight, however often it is asked.
+// pulse is a check that is asked for now and then. At most one is in progress, however often it is asked for.
 type pulse struct {
-	mu    sync.Mutex
-	since time.Time
-	beat  chan struct{} // closed when the device has answered; nil while no read is in flight
+	mu  sync.Mutex
+	now *beat // nil while none is in progress
 }
 
-// start submits a read if there is none. The caller has acquired n; the read holds it on its own.
-func (p *pulse) start(n *namespace) (since time.Time, beat <-chan struct{}) {
+// beat is one check.
+type beat struct {
+	since time.Time
+	done  chan struct{} // closed when there is an err
+	err   error
+}
+
+// start begins a check, counted among users, if none is in progress.
+func (p *pulse) start(users *sync.WaitGroup, check func() error) *beat {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.beat != nil {
-		return p.since, p.beat
+	if p.now == nil {
+		b := &beat{since: time.Now(), done: make(chan struct{})}
+		p.now = b
+		users.Go(func() {
+			b.err = check()
+			p.mu.Lock()
+			p.now = nil
+			p.mu.Unlock()
+			close(b.done)
+		})
 	}
-	p.since, p.beat = time.Now(), make(chan struct{})
-	n.users.Add(1)
-	go func(beat chan struct{}) {
-		defer n.users.Done()
-		// Not of the arena, which hosts may have used up. One block on a multiple of its size lies within two.
-		size := n.dev.BlockSize()
-		b := make([]byte, 2*size)
-		skip := -int(uintptr(unsafe.Pointer(&b[0]))) & (size - 1)
-		op := &uring.Op{Kind: uring.OpRead, Data: b[skip : skip+size]}
-		_ = op.Do(n.dev)
-		p.mu.Lock()
-		p.beat = nil
-		p.mu.Unlock()
-		close(beat)
-	}(p.beat)
-	return p.since, p.beat
+	return p.now
+}
+
+// wait returns the result, or says that there was none before ctx ended.
+func (b *beat) wait(ctx context.Context) error {
+	select {
+	case <-b.done:
+	case <-ctx.Done():
+		select {
+		case <-b.done: // it was late only here
+		default:
+			return fmt.Errorf("has not answered for %v", time.Since(b.since).Round(time.Millisecond))
+		}
+	}
+	return b.err
 }
 
 // Quantile returns the latency that a share q of the commands, 0 to 1, did not exceed: interpolated inside its bucket,

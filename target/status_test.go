@@ -3,6 +3,7 @@ package target
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"log/slog"
 	"net/netip"
 	"path/filepath"
@@ -10,6 +11,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/google/uuid"
 
 	"github.com/kvof/kvof/configs"
 	"github.com/kvof/kvof/nvmeof"
@@ -171,6 +174,7 @@ func TestReady(t *testing.T) {
 type stuckDevice struct {
 	uring.Device
 	answer chan struct{}
+	err    error
 	reads  atomic.Int32
 }
 
@@ -182,33 +186,76 @@ func (d *stuckDevice) Submit(ops ...*uring.Op) {
 		d.reads.Add(1)
 		go func() {
 			<-d.answer
-			o.Complete(uring.ErrMedia)
+			o.Complete(d.err)
 		}()
 	}
 }
 
+// TestHealth has devices hang: of a block namespace, and one of a pool that two namespaces share.
 func TestHealth(t *testing.T) {
 	tg, _ := statusTarget(t)
+	dir := t.TempDir()
+	pooled := configs.Namespace{NSID: 4, Type: configs.KeyValue, Pool: "p", UUID: uuid.New()}
+	other := configs.Namespace{NSID: 5, Type: configs.KeyValue, Pool: "p", UUID: uuid.New()}
+	if err := tg.Apply(&configs.Config{
+		Pools: []configs.Pool{{Name: "p", Device: configs.DeviceFile, Size: 32 << 20, Devices: []string{filepath.Join(dir, "0"), filepath.Join(dir, "1")}}},
+		Subsystems: []configs.Subsystem{{NQN: statusNQN, AllowAnyHost: true, Namespaces: []configs.Namespace{
+			{NSID: 2, Type: configs.Block, Device: configs.DeviceFile, Path: filepath.Join(dir, "block"), Size: 1 << 20, LBASize: 4096}, pooled, other}}},
+	}); err != nil {
+		t.Fatal(err)
+	}
 	if err := tg.Health(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	n := tg.all()[0].list()[1]
-	d := &stuckDevice{Device: n.dev, answer: make(chan struct{})}
-	n.dev = d
+	answer := make(chan struct{})
+	var stuck []*stuckDevice
+	ns := tg.all()[0].list()
+	for _, d := range []*disk{ns[0].disks[0], ns[1].disks[1]} {
+		s := &stuckDevice{Device: d.Device, answer: answer, err: uring.ErrMedia}
+		d.Device, stuck = s, append(stuck, s)
+	}
+	stuck[1].err = uring.ErrGone
 	for range 3 {
 		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Millisecond)
-		if err := tg.Health(ctx); err == nil || !strings.Contains(err.Error(), "device of namespace 2 has not answered") {
-			t.Errorf("with a silent device: %v", err)
+		err := fmt.Sprint(tg.Health(ctx))
+		cancel()
+		if lines := strings.Split(err, "\n"); len(lines) != 2 || !strings.Contains(lines[0], "block of namespace 2 has not answered for ") ||
+			!strings.Contains(lines[1], "1 of namespace 4 has not answered for ") {
+			t.Errorf("with silent devices: %v", err)
+		}
+		if err := tg.Alive(t.Context()); err != nil {
+			t.Errorf("silent devices stop the target: %v", err)
+		}
+	}
+	for _, d := range stuck {
+		if n := d.reads.Load(); n != 1 {
+			t.Errorf("%d reads in flight", n)
+		}
+	}
+	close(answer)
+	for range 2 { // the first may be the check that hung
+		if err := fmt.Sprint(tg.Health(t.Context())); !strings.HasSuffix(err, "1 of namespace 4 is gone") || strings.Contains(err, "\n") {
+			t.Errorf("with one device that answers with errors and one that is gone: %v", err)
+		}
+	}
+}
+
+func TestAlive(t *testing.T) {
+	tg, _ := statusTarget(t)
+	sub := tg.all()[0]
+	sub.mu.Lock()
+	for range 2 {
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Millisecond)
+		if err := tg.Alive(ctx); err == nil || !strings.Contains(err.Error(), "the target has not answered for ") {
+			t.Errorf("stuck: %v", err)
 		}
 		cancel()
 	}
-	if n := d.reads.Load(); n != 1 {
-		t.Errorf("%d reads in flight", n)
+	sub.mu.Unlock()
+	if err := tg.Alive(t.Context()); err != nil {
+		t.Error(err)
 	}
-	close(d.answer)
-	if err := tg.Health(t.Context()); err != nil {
-		t.Errorf("with a device that answers with errors: %v", err)
-	}
+	tg.checks.Wait()
 }
 
 func TestQuantile(t *testing.T) {

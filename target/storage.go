@@ -18,10 +18,11 @@ import (
 type storage struct {
 	cfg    configs.Pool // without a name: a namespace's own
 	devs   []uring.Device
+	disks  []*disk // devs
 	pool   *kvlayer.Pool
 	memory bool  // all devices are memory: commands never wait for them
 	own    int64 // large buffers of the arena that are its own
-	users  int
+	users  int   // namespaces; only Apply and Close change it
 }
 
 // storages are those that are open, by name. Only Apply and Close change them.
@@ -53,18 +54,20 @@ func (p *pool) storageOf(c configs.Namespace, arena *uring.Arena, log *slog.Logg
 	if c.Pool == "" {
 		return p.openStorage(configs.Pool{Device: c.Device, Devices: []string{c.Path}, Size: c.Size, Poll: c.Poll, Scrub: c.Scrub}, int(c.Placement), arena, log)
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	st := s.open[c.Pool]
+	s.mu.Lock() // but not while a device is waited for
+	st, want := s.open[c.Pool], s.want[c.Pool]
+	s.mu.Unlock()
 	if st == nil {
 		var err error
-		if st, err = p.openStorage(s.want[c.Pool], 0, arena, log.With("pool", c.Pool)); err != nil {
+		if st, err = p.openStorage(want, 0, arena, log.With("pool", c.Pool)); err != nil {
 			return nil, fmt.Errorf("pool %s: %w", c.Pool, err)
 		}
+		s.mu.Lock()
 		if s.open == nil {
 			s.open = map[string]*storage{}
 		}
 		s.open[c.Pool] = st
+		s.mu.Unlock()
 	}
 	st.users++
 	return st, nil
@@ -91,7 +94,7 @@ func (p *pool) openStorage(c configs.Pool, placement int, arena *uring.Arena, lo
 		} else {
 			st.memory = false
 		}
-		st.devs = append(st.devs, dev)
+		st.devs, st.disks = append(st.devs, dev), append(st.disks, &disk{Device: dev})
 	}
 	if len(st.devs) == 0 {
 		return st, failed
@@ -129,12 +132,12 @@ func (t *Target) OnOpening(f func(pool string, done, total int)) { t.pool.storag
 func (p *pool) release(st *storage) error {
 	s := &p.storages
 	if st.cfg.Name != "" {
-		s.mu.Lock()
-		defer s.mu.Unlock()
 		if st.users--; st.users > 0 {
 			return nil
 		}
+		s.mu.Lock()
 		delete(s.open, st.cfg.Name)
+		s.mu.Unlock()
 	}
 	return errors.Join(st.pool.Close(), st.closeDevices(p))
 }

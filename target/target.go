@@ -27,6 +27,8 @@ type Target struct {
 
 	draining atomic.Bool
 	copied   counter // payload bytes
+	pulse    pulse
+	checks   sync.WaitGroup // in progress
 
 	mu         sync.RWMutex
 	subsystems map[string]*subsystem // by NQN

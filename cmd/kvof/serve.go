@@ -23,8 +23,9 @@ import (
 )
 
 const (
-	drainTime = 20 * time.Second // for commands in flight, when the server stops
-	closeTime = 5 * time.Second  // for connections to go, after that
+	drainTime  = 20 * time.Second // for commands in flight, when the server stops
+	closeTime  = 5 * time.Second  // for connections to go, after that, and for signs of life
+	deviceTime = 15 * time.Second // between looks at the devices
 )
 
 func newServeCommand() *cobra.Command {
@@ -120,10 +121,11 @@ func serve(ctx context.Context, path string) (err error) {
 	wctx, stop := context.WithCancel(ctx)
 	defer stop()
 	go s.notify.Watchdog(wctx, func() error {
-		hctx, cancel := context.WithTimeout(wctx, closeTime)
+		actx, cancel := context.WithTimeout(wctx, closeTime)
 		defer cancel()
-		return s.target.Health(hctx)
+		return s.target.Alive(actx)
 	})
+	go s.watchDevices(wctx)
 	manage.Serving()
 	s.notify.Ready(s.summary())
 	s.log.Info("serving", "namespaces", s.summary())
@@ -140,6 +142,36 @@ func serve(ctx context.Context, path string) (err error) {
 			s.target.Drain(drainTime)
 			return nil
 		}
+	}
+}
+
+// watchDevices tells the log and the service manager of devices that are gone or do not answer, until ctx ends. Nothing
+// is restarted for them: that would cost the hosts the other devices too, and a drive that hangs keeps a process from ending.
+func (s *server) watchDevices(ctx context.Context) {
+	tick := time.NewTicker(deviceTime)
+	defer tick.Stop()
+	for degraded := false; ; {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		hctx, cancel := context.WithTimeout(ctx, closeTime)
+		err := s.target.Health(hctx)
+		cancel()
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err != nil:
+			if !degraded {
+				s.log.Error("degraded", "error", err)
+			}
+			s.notify.Status("degraded: " + err.Error())
+		case degraded:
+			s.log.Info("all devices answer again")
+			s.notify.Status("all devices answer again")
+		}
+		degraded = err != nil
 	}
 }
 

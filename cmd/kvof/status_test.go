@@ -23,6 +23,7 @@ type statusSource struct{ ready error }
 
 func (statusSource) Pin(string, uint32, []byte, bool) error { return nil }
 func (s statusSource) Ready() error                         { return s.ready }
+func (statusSource) Alive(context.Context) error            { return nil }
 func (statusSource) Health(context.Context) error           { return nil }
 func (statusSource) Status() target.Status {
 	hist := target.HistogramSnapshot{Count: 1500, Sum: 1500 * 3 * time.Millisecond, Bounds: []time.Duration{2 * time.Millisecond, 4 * time.Millisecond}, Counts: []uint64{0, 1500, 0}}
