@@ -31,6 +31,7 @@ type Reader struct {
 	started int64 // reads have started up to here
 	slots   [window]transferSlot
 	head, n int // the slots in flight: n from head on
+	batch   uring.Batch
 	err     error
 }
 
@@ -177,10 +178,11 @@ func (r *Reader) loadHeader(sl *slot, part int) (bool, error) {
 		copy(sl.mem, g.dev.View(off, block)) // it may change meanwhile
 	} else {
 		sl.op.Kind, sl.op.Off, sl.op.Data, sl.op.Placement = uring.OpRead, off, sl.mem, 0
-		sl.op.Start(g.dev.Device)
+		r.batch.Add(g.dev.Device, &sl.op)
 		if r.sumOf < 0 {
 			r.start(false)
 		}
+		r.batch.Submit()
 		if err := g.dev.failed(sl.op.Wait()); err != nil {
 			return false, fmt.Errorf("kvlayer: read %v: %w", e.key(), err)
 		}
@@ -230,8 +232,8 @@ func (r *Reader) Size() int64 { return r.size }
 // value is moved or the store opened again.
 func (r *Reader) Tag() uint32 { return uint32(1 + r.es[0].seq()%math.MaxUint32) }
 
-// start starts reads as far as window and buffers allow. If must is set and none
-// is in flight, it waits for a buffer.
+// start starts reads as far as window and buffers allow, and what else is in the batch. If must is set and none is in
+// flight, it waits for a buffer.
 func (r *Reader) start(must bool) {
 	p := r.s.p
 	for r.n < window && r.started < r.last {
@@ -246,10 +248,12 @@ func (r *Reader) start(must bool) {
 		}
 		t.dev, t.op.Off = r.at(r.started)
 		t.op.Kind, t.op.Data, t.op.Placement = uring.OpRead, t.buf.Data, 0
-		t.start()
+		t.busy = true
+		r.batch.Add(t.dev.Device, &t.op)
 		r.n++
 		r.started += want
 	}
+	r.batch.Submit()
 }
 
 // Next returns the next piece of the value, verified, in order: up to 256 KiB

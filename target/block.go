@@ -312,7 +312,8 @@ type stream struct {
 
 	ops        [window]uring.Op
 	bufs       [window]uring.Buf
-	head, tail int       // ops[head%window] is the oldest in flight
+	head, tail int // ops[head%window] is the oldest in flight
+	batch      uring.Batch
 	cur        uring.Buf // being filled
 	filled     int
 }
@@ -325,6 +326,12 @@ func (s *stream) busy() int { return s.tail - s.head }
 
 // start submits a device operation on the next piece.
 func (s *stream) start(kind uring.OpKind, b uring.Buf) {
+	s.add(kind, b)
+	s.batch.Submit()
+}
+
+// add is start, but that Submit is left to the caller.
+func (s *stream) add(kind uring.OpKind, b uring.Buf) {
 	i := s.tail % window
 	s.bufs[i] = b
 	op := &s.ops[i]
@@ -332,7 +339,7 @@ func (s *stream) start(kind uring.OpKind, b uring.Buf) {
 	s.off += int64(len(b.Data))
 	s.left -= int64(len(b.Data))
 	s.tail++
-	op.Start(s.ns.dev)
+	s.batch.Add(s.ns.dev, op)
 }
 
 // whole does an operation without data on the range.
@@ -367,8 +374,9 @@ func (s *stream) next() (uring.Buf, error) {
 			}
 			b = s.ns.arena.Get(n)
 		}
-		s.start(uring.OpRead, b)
+		s.add(uring.OpRead, b)
 	}
+	s.batch.Submit()
 	if s.busy() == 0 {
 		return uring.Buf{}, nil
 	}

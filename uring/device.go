@@ -83,6 +83,31 @@ func (o *Op) Do(d Device) error {
 	return o.Wait()
 }
 
+// Batch is ops that go to a device together, in one call into the kernel. The zero value is ready; it allocates nothing.
+type Batch struct {
+	dev Device
+	ops [16]*Op
+	n   int
+}
+
+// Add adds o, for d. Ops before it that are for another device are submitted, as are more than 16.
+func (b *Batch) Add(d Device, o *Op) {
+	if d != b.dev || b.n == len(b.ops) {
+		b.Submit()
+		b.dev = d
+	}
+	b.ops[b.n] = o
+	b.n++
+}
+
+// Submit submits what was added.
+func (b *Batch) Submit() {
+	if b.n > 0 {
+		b.dev.Submit(b.ops[:b.n]...)
+		b.n = 0
+	}
+}
+
 // Wait returns o's result once it has completed: exactly once per Submit. A
 // nil error means the whole of Data or Len. Errors wrap ErrMedia, ErrNoSpace,
 // ErrInvalid, ErrGone or ErrClosed, and the errno where the kernel gave one, or

@@ -148,3 +148,49 @@ func TestOlderThan(t *testing.T) {
 		}
 	}
 }
+
+// counted counts Submits.
+type counted struct {
+	Device
+	submits int
+}
+
+func (d *counted) Submit(ops ...*Op) {
+	d.submits++
+	d.Device.Submit(ops...)
+}
+
+// TestBatch sends ops for two devices in runs: each goes in one Submit, at most 16 together.
+func TestBatch(t *testing.T) {
+	devs := make([]*counted, 2)
+	for i := range devs {
+		m, err := NewMemory(4096)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer m.Close()
+		devs[i] = &counted{Device: m}
+	}
+	var b Batch
+	ops := make([]Op, 40)
+	for i := range ops {
+		ops[i] = Op{Kind: OpWrite, Off: int64(i), Data: []byte{byte(i)}}
+		b.Add(devs[i/20], &ops[i])
+	}
+	b.Submit()
+	b.Submit()
+	for i := range ops {
+		if err := ops[i].Wait(); err != nil || devs[i/20].View(int64(i), 1)[0] != byte(i) {
+			t.Fatalf("op %d: %v", i, err)
+		}
+	}
+	for i, d := range devs {
+		if d.submits != 2 {
+			t.Errorf("device %d had %d Submits", i, d.submits)
+		}
+	}
+	o := &ops[0]
+	if n := testing.AllocsPerRun(100, func() { b.Add(devs[0].Device, o); b.Submit(); _ = o.Wait() }); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+}
