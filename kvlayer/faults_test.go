@@ -45,7 +45,8 @@ var troubles = []trouble{
 	{name: "rot", rot: true},
 	{name: "flips", rates: uringtest.Rates{ReadFlip: 0.01, WriteFlip: 0.01}},
 	{name: "read errors", rates: uringtest.Rates{ReadError: 0.02}},
-	{name: "write errors", rates: uringtest.Rates{WriteError: 0.02, FlushError: 0.05}},
+	{name: "write errors", rates: uringtest.Rates{WriteError: 0.04, FlushError: 0.05}},
+	{name: "write errors and power", power: true, rates: uringtest.Rates{WriteError: 0.04, FlushError: 0.05}},
 	{name: "full", rates: uringtest.Rates{Space: 5 << 18}},
 	{name: "all", power: true, rot: true, rates: uringtest.Rates{ReadError: 0.005, WriteError: 0.005, FlushError: 0.01, ReadFlip: 0.005, WriteFlip: 0.005}},
 }
@@ -290,6 +291,8 @@ func (r *faultRun) end() {
 			f := &r.keys[i]
 			f.loose = f.loose || len(f.since)+len(f.doubt) > 1
 			f.doubt = append(f.doubt, f.since...)
+			slices.Sort(f.doubt)
+			f.doubt = slices.Compact(f.doubt)
 		}
 	}
 }
@@ -453,8 +456,6 @@ func (r *faultRun) set(f *fate, id uint64) {
 	switch was := f.now; {
 	case !r.damaged():
 		f.doubt = nil
-	case r.rates.WriteError > 0: // what a failed write has left of a copy may be whole
-		f.doubt = append(f.doubt, was)
 	case id != 0 && r.o.Eviction == kvlayer.EvictSecondTouch: // not kept, and what was there could not be read
 		f.doubt = append(f.doubt, was)
 	default:

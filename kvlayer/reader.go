@@ -150,19 +150,25 @@ func (r *Reader) readHeader(part int) error {
 		return err
 	}
 	ok, err := r.loadHeader(sl, part)
+	half := false // dead here, and not in the summary: a crash or a failed write came in between
 	if err == nil && !ok && part == 0 {
 		// Whoever replaces or deletes the value marks its header first.
 		lock := s.stripe(e.key())
 		lock.Lock()
 		if now, there := s.index.get(e.key(), 0, 0); !there || !now.same(e) {
 			err = errChanged
-		} else if ok, err = r.loadHeader(sl, part); err == nil && !ok && r.buried(sl) {
-			err = errChanged // a crash came between its end here and in the summary
-			s.drop(e, reasonDelete)
+		} else if ok, err = r.loadHeader(sl, part); err == nil && !ok {
+			half = r.buried(sl)
 		}
 		lock.Unlock()
 	}
 	s.p.putSlot(sl)
+	if half {
+		if _, err := s.erase(e.key(), &e, reasonDelete); err != nil {
+			return ErrNotFound // it is kept for the next one to try
+		}
+		return errChanged
+	}
 	if err == nil && !ok {
 		_, off := s.p.segmentOf(e.block())
 		err = r.corrupt("header", e, off)
@@ -201,9 +207,14 @@ func (r *Reader) buried(sl *slot) bool {
 	p, e := r.s.p, r.es[0]
 	_, off := p.segmentOf(e.block())
 	rec, ok := parseRecord(sl.mem, p.super.seed, p.super.extent)
-	dead := rec.kind == recordDead
-	rec.kind = recordLive
-	return ok && dead && rec.off == off && rec.is(e)
+	return ok && rec.off == off && rec.was(e)
+}
+
+// was tells that r is e's record, marked dead.
+func (r *record) was(e entry) bool {
+	live := *r
+	live.kind = recordLive
+	return r.kind == recordDead && live.is(e)
 }
 
 // is tells that r is e's record.

@@ -163,11 +163,19 @@ type move struct {
 	to place
 }
 
-// cancel gives up a copy: no recovery may take it for a value.
-func (m *move) cancel(sl *slot, s *Store) error {
+// dead is what is to lie in the copy's place when it is given up.
+func (m *move) dead(from uint64) record {
+	return record{kind: recordDead, part: m.e.part(), key: m.e.key(), off: m.to.off, gen: m.to.gen, seq: m.e.seq(), from: from, size: m.e.size()}
+}
+
+// cancel gives up a copy from the segment of a generation: no recovery may take it for a value.
+func (m *move) cancel(sl *slot, s *Store, from uint64) error {
 	g := m.to.seg
-	dead := record{kind: recordDead, part: m.e.part(), key: m.e.key(), off: m.to.off, gen: m.to.gen, seq: m.e.seq(), size: m.e.size()}
+	dead := m.dead(from)
 	err := g.writeRecord(sl, dead, nil)
+	if err != nil {
+		s.strays.add(g, dead)
+	}
 	g.meta.Lock()
 	g.log = slices.DeleteFunc(g.log, func(r record) bool { return r.off == m.to.off })
 	g.meta.Unlock()
@@ -197,7 +205,7 @@ func (d *device) reclaim(g *segment, s *Store, o Options, all bool) (err error) 
 	var evicted []eviction
 	defer func() {
 		for _, m := range moves { // what is left of them could not be moved
-			err = errors.Join(err, m.cancel(sl, s))
+			err = errors.Join(err, m.cancel(sl, s, g.gen))
 		}
 	}()
 
@@ -225,6 +233,11 @@ func (d *device) reclaim(g *segment, s *Store, o Options, all bool) (err error) 
 					budget -= n
 					moves = append(moves, m)
 					continue
+				case err == errChanged:
+					continue
+				case err == errBuried:
+					evicted = append(evicted, eviction{e, reasonDelete})
+					continue
 				case errors.Is(err, ErrCorrupt), errors.Is(err, uring.ErrMedia):
 					evicted = append(evicted, eviction{e, reasonCorrupt})
 					continue
@@ -240,10 +253,11 @@ func (d *device) reclaim(g *segment, s *Store, o Options, all bool) (err error) 
 		evicted = append(evicted, eviction{e, why})
 	}
 	evicted = d.unlisted(g, s, evicted, moves)
-	if len(moves) > 0 {
-		if err := d.sync(); err != nil { // the copies are durable before the originals go
-			return err
-		}
+	if err := s.strays.bury(sl, func(t *stray) bool { return t.rec.from == g.gen }); err != nil {
+		return err
+	}
+	if err := d.sync(); err != nil { // the copies, and the end of those given up before, are durable before the originals go
+		return err
 	}
 
 	g.meta.Lock()
@@ -257,7 +271,7 @@ func (d *device) reclaim(g *segment, s *Store, o Options, all bool) (err error) 
 		}
 		moves = slices.Delete(moves, i, i+1) // replaced or deleted meanwhile
 		canceled = true
-		if err := m.cancel(sl, s); err != nil {
+		if err := m.cancel(sl, s, g.gen); err != nil {
 			return err
 		}
 	}
@@ -389,7 +403,11 @@ func (d *device) copyOut(sl *slot, g *segment, s *Store, e entry, c class) (m mo
 		}
 	}
 	_, from := p.segmentOf(e.block())
-	if err = d.copyRecord(sl, g, m.to, e, from, n); err != nil {
+	written, err := d.copyRecord(sl, g, m.to, e, from, n)
+	if err != nil {
+		if written {
+			s.strays.add(m.to.seg, m.dead(g.gen))
+		}
 		p.mu.Lock()
 		m.to.giveBack(n, true)
 		p.mu.Unlock()
@@ -397,46 +415,71 @@ func (d *device) copyOut(sl *slot, g *segment, s *Store, e entry, c class) (m mo
 	return m, err
 }
 
-// copyRecord copies the value's data as it is, its checksums go with it, and then its header.
-func (d *device) copyRecord(sl *slot, g *segment, to place, e entry, from, n int64) error {
+// copyRecord copies the value's data as it is, its checksums go with it, and then its header. written tells that a header may
+// lie there, whatever the error.
+func (d *device) copyRecord(sl *slot, g *segment, to place, e entry, from, n int64) (written bool, err error) {
 	p := d.p
 	for at := int64(block); at < n; {
 		step := min(n-at, max(uring.LargeBuf, int64(len(d.copy.Data))))
 		b, err := d.read(&sl.op, d.copy.Data, from+at, step)
 		if errors.Is(err, uring.ErrMedia) {
 			d.unreadable(g, e, from+at, err)
-			return err
+			return false, err
 		} else if err != nil {
-			return err
+			return false, err
 		}
 		if p.mem {
 			copy(d.View(to.off+at, step), b)
 		} else {
 			sl.op.Kind, sl.op.Off, sl.op.Data, sl.op.Placement = uring.OpWrite, to.off+at, b, d.placement(g.store, to.seg.class)
 			if err := d.failed(sl.op.Do(d.Device)); err != nil {
-				return err
+				return false, err
 			}
 		}
 		at += step
 	}
-	b, err := d.read(&sl.op, sl.mem, from, block)
+	r, sums, err := g.header(sl, e, from)
 	if err != nil {
-		return err
+		return false, err
 	}
-	r, ok := parseRecord(b, p.super.seed, p.super.extent)
-	if !ok || r.off != from || r.gen != g.gen || !r.is(e) {
-		d.unreadable(g, e, from, nil)
-		return fmt.Errorf("%w: %v: header", ErrCorrupt, e.key())
-	}
-	sums := appendSums(nil, b, r, p.super.extent)
 	r.off, r.gen, r.from = to.off, to.gen, g.gen
 	if err := to.seg.writeRecord(sl, r, sums); err != nil {
-		return err
+		return true, err
 	}
 	to.seg.meta.Lock() // counted by recoveries when g is free
 	to.seg.log = append(to.seg.log, r)
 	to.seg.meta.Unlock()
-	return nil
+	return true, nil
+}
+
+// errBuried tells that a record's header is marked dead, and the summary and the index do not know: a crash or a failed write
+// came in between.
+var errBuried = errors.New("kvlayer: value was deleted")
+
+// header reads the header of e, at off in g: errChanged if the value was replaced or deleted meanwhile.
+func (g *segment) header(sl *slot, e entry, off int64) (record, []uint64, error) {
+	d, p := g.dev, g.dev.p
+	g.meta.Lock() // whoever marks it dead holds this until the index has forgotten it
+	defer g.meta.Unlock()
+	if now, ok := g.store.index.get(e.key(), e.part(), 0); !ok || !now.same(e) {
+		return record{}, nil, errChanged
+	}
+	b, err := d.read(&sl.op, sl.mem, off, block)
+	if err != nil {
+		if errors.Is(err, uring.ErrMedia) {
+			d.unreadable(g, e, off, err)
+		}
+		return record{}, nil, err
+	}
+	r, ok := parseRecord(b, p.super.seed, p.super.extent)
+	switch {
+	case ok && r.off == off && r.gen == g.gen && r.is(e):
+		return r, appendSums(nil, b, r, p.super.extent), nil
+	case ok && r.off == off && r.gen == g.gen && r.was(e):
+		return record{}, nil, errBuried
+	}
+	d.unreadable(g, e, off, errors.New("its header is damaged"))
+	return record{}, nil, fmt.Errorf("%w: %v: header", ErrCorrupt, e.key())
 }
 
 func (d *device) unreadable(g *segment, e entry, off int64, err error) {

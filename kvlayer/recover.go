@@ -204,7 +204,9 @@ type recovery struct {
 	mu    sync.Mutex
 	used  map[uint64]bool // generations of segments in use
 	dead  []entry         // records that lost to another, and must not come back
+	torn  []*segment      // whose summary is damaged, or cannot be read today
 	moved []partRecord    // copies that reclaiming made of what is still in use
+	twins []partRecord    // the same record again: a crash came after endMoves had made a copy count
 	parts []partRecord    // other than the first of their values
 	seq   uint64
 	done  int
@@ -261,6 +263,9 @@ func (r *recovery) run(sl *slot) error {
 	}
 	if err := r.each(r.readRecords); err != nil {
 		return err
+	}
+	if err := r.clearTorn(sl); err != nil {
+		return fmt.Errorf("kvlayer: recovery: %w", err)
 	}
 	if err := r.endMoves(sl); err != nil {
 		return err
@@ -356,7 +361,11 @@ func (r *recovery) readRecords(g *segment, op *uring.Op, buf []byte) error {
 			g.fence = append(g.fence, at)
 		}
 	} else {
-		rs = nil
+		if rs = nil; err != nil {
+			r.mu.Lock()
+			r.torn = append(r.torn, g)
+			r.mu.Unlock()
+		}
 		if g.tail, err = g.scan(op, buf, func(rec record) {
 			g.records++
 			if rs = append(rs, rec); rec.kind == recordLive {
@@ -390,7 +399,10 @@ func (r *recovery) add(g *segment, rec *record) {
 		r.parts = append(r.parts, partRecord{s, e})
 	default:
 		if old, ok := s.index.get(rec.key, 0, 0); ok {
-			if old.seq() >= e.seq() {
+			if old.seq() == e.seq() {
+				r.twins = append(r.twins, partRecord{s, e})
+				return
+			} else if old.seq() > e.seq() {
 				r.dead = append(r.dead, e)
 				return
 			}
@@ -402,9 +414,38 @@ func (r *recovery) add(g *segment, rec *record) {
 	}
 }
 
+// clearTorn erases the summaries that could not be read: from now on the segments' headers tell more.
+func (r *recovery) clearTorn(sl *slot) error {
+	for _, g := range r.torn {
+		off := g.off + r.super.segSize - block
+		b := g.dev.header(sl.mem, off)
+		clear(b)
+		if err := g.dev.write(&sl.op, off, b); err != nil && !g.dev.lost.Load() {
+			return err
+		}
+	}
+	if len(r.torn) == 0 {
+		return nil
+	}
+	return r.flushAll()
+}
+
 // endMoves ends what reclaiming had begun: a copy that is whole takes its original's
 // place, so that interrupted reclaims do not use up the space there is for them.
 func (r *recovery) endMoves(sl *slot) error {
+	for _, t := range r.twins {
+		if old, ok := t.s.index.get(t.e.key(), 0, 0); ok && old.seq() == t.e.seq() {
+			live, err := r.liveHeader(sl, old)
+			if err != nil {
+				return err
+			}
+			if !live { // its end had begun, so the other counts
+				r.stand(t.s, old, t.e)
+				continue
+			}
+		}
+		r.dead = append(r.dead, t.e)
+	}
 	for _, m := range r.moved {
 		old, ok := m.s.index.get(m.e.key(), 0, 0)
 		if ok = ok && old.seq() == m.e.seq(); ok {
@@ -417,10 +458,7 @@ func (r *recovery) endMoves(sl *slot) error {
 			r.dead = append(r.dead, m.e)
 			continue
 		}
-		r.dead = append(r.dead, old)
-		r.count(m.s, old, -1)
-		m.s.index.replace(m.e.key(), []entry{m.e}, nil)
-		r.count(m.s, m.e, 1)
+		r.stand(m.s, old, m.e)
 	}
 	if len(r.moved) == 0 {
 		return nil
@@ -428,12 +466,32 @@ func (r *recovery) endMoves(sl *slot) error {
 	return r.flushAll() // the copies stand on their own before the originals die
 }
 
-// buryAll marks what lost dead: first in the summaries, for good, then in the headers. So where
-// there are two of a record, and one died, the other counts for sure.
+// stand has e stand in the index in the place of old, which dies.
+func (r *recovery) stand(s *Store, old, e entry) {
+	r.dead = append(r.dead, old)
+	r.count(s, old, -1)
+	s.index.replace(e.key(), []entry{e}, nil)
+	r.count(s, e, 1)
+}
+
+// liveHeader tells that e's header can be read and is not marked dead.
+func (r *recovery) liveHeader(sl *slot, e entry) (bool, error) {
+	g, off := r.segmentOf(e.block())
+	b, err := g.dev.read(&sl.op, sl.mem, off, block)
+	if errors.Is(err, uring.ErrMedia) {
+		return false, nil
+	} else if err != nil {
+		return false, err
+	}
+	rec, ok := parseRecord(b, r.super.seed, r.super.extent)
+	return ok && rec.off == off && rec.gen == g.gen && rec.is(e), nil
+}
+
+// buryAll marks what lost dead: first in the headers, for good, then in the summaries.
 func (r *recovery) buryAll(sl *slot) error {
 	for _, step := range [...]func(g *segment, e entry, off int64) error{
+		func(g *segment, e entry, off int64) error { return g.writeDead(sl, e, off) },
 		func(g *segment, _ entry, off int64) error { return g.strike(sl, off) },
-		func(g *segment, e entry, off int64) error { return g.bury(sl, e, off) },
 	} {
 		for _, e := range r.dead {
 			g, off := r.segmentOf(e.block())
@@ -559,8 +617,10 @@ func (r *recovery) join() {
 	}
 }
 
+var errSummary = fmt.Errorf("kvlayer: a segment's summary is damaged: %w", uring.ErrMedia)
+
 // readSummary returns the records of a sealed segment, and where they end; not ok if
-// it is not sealed, or the summary is damaged.
+// it is not sealed, or, with ErrMedia, if the summary is damaged.
 func (g *segment) readSummary(op *uring.Op, buf []byte) (rs []record, tail int64, ok bool, err error) {
 	d, p := g.dev, g.dev.p
 	end := g.off + p.super.segSize
@@ -572,6 +632,9 @@ func (g *segment) readSummary(op *uring.Op, buf []byte) (rs []record, tail int64
 		}
 		h, more, ok := parseSummary(rs, b, p.super.seed, g.gen, g.off, p.super.segSize, p.super.extent)
 		if !ok || h.block != i || i > 0 && (h.blocks != blocks || h.tail != tail) {
+			if whole := intact(b, &summaryMagic, p.super.seed); i > 0 || !whole && bytes.Equal(b[8:16], summaryMagic[:]) {
+				return rs, 0, false, errSummary
+			}
 			return rs, 0, false, nil
 		}
 		rs, blocks, tail = more, h.blocks, h.tail

@@ -49,7 +49,7 @@ type segment struct {
 	// segment, or marks a record dead in it until the index has forgotten that record.
 	meta  sync.Mutex
 	log   []record // open and full: what is committed, under meta
-	fence []uint32 // sealed: where the first record of each of the summary's blocks lies, in blocks
+	fence []uint32 // where the first record of each of the summary's blocks lies, in blocks; nil: none was written
 
 	// Under Pool.mu:
 	state   segmentState
@@ -182,7 +182,7 @@ func (d *device) advance(sl *slot, s *Store, c class, n int64, reclaiming bool) 
 		d.retire(old)
 	}
 	s.hold(c, p.super.segSize)
-	g.state, g.log = segmentOpen, g.log[:0]
+	g.state, g.log, g.fence = segmentOpen, g.log[:0], nil
 	d.open[s.tenant][c] = g
 	return nil
 }
@@ -227,12 +227,13 @@ func (g *segment) seal(op *uring.Op) error {
 		}
 	}
 	off := g.off + p.super.segSize - int64(len(b))
+	g.fence = fence // also should the write fail: a recovery may find it whole
 	if p.mem {
 		copy(d.View(off, int64(len(b))), b)
 	} else if err := d.transfer(op, uring.OpWrite, off, b); err != nil {
 		return fmt.Errorf("kvlayer: seal a segment: %w", err)
 	}
-	g.log, g.fence = nil, fence
+	g.log = nil
 	p.mu.Lock()
 	g.state = segmentSealed
 	p.mu.Unlock()
@@ -246,20 +247,25 @@ func aligned(n int) []byte {
 	return b[skip : skip+n : skip+n]
 }
 
-// bury marks the record of e, which lies in g, dead on the device, so that no recovery
-// brings it back: in the summary that a recovery reads, and in its header. Under g.meta.
+// bury marks the record of e, which lies in g, dead on the device, so that no recovery brings it back: in its
+// header, and in the summary that a recovery reads. The header is first: should the summary be lost, the headers tell
+// who is dead. Under g.meta.
 func (g *segment) bury(sl *slot, e entry, off int64) error {
-	if err := g.strike(sl, off); err != nil {
+	if err := g.writeDead(sl, e, off); err != nil {
 		return err
 	}
-	r := record{kind: recordDead, part: e.part(), key: e.key(), off: off, gen: g.gen, seq: e.seq(), size: e.size()}
-	return g.writeRecord(sl, r, nil)
+	return g.strike(sl, off)
 }
 
-// strike marks the record at off dead in g's summary, or in what becomes of it. Under g.meta.
+// writeDead marks the record of e dead in its header alone.
+func (g *segment) writeDead(sl *slot, e entry, off int64) error {
+	return g.writeRecord(sl, record{kind: recordDead, part: e.part(), key: e.key(), off: off, gen: g.gen, seq: e.seq(), size: e.size()}, nil)
+}
+
+// strike marks the record at off dead in g's summary, and in what becomes of it. Under g.meta.
 func (g *segment) strike(sl *slot, off int64) error {
+	g.log = slices.DeleteFunc(g.log, func(r record) bool { return r.off == off })
 	if g.fence == nil {
-		g.log = slices.DeleteFunc(g.log, func(r record) bool { return r.off == off })
 		return nil
 	}
 	d, p := g.dev, g.dev.p
@@ -302,6 +308,7 @@ func (d *device) keep() {
 		select {
 		case <-d.kick:
 		case <-tick.C: // a Reader's end wakes nobody, nor does a drive's return
+			d.buryStrays()
 		case <-d.p.stop:
 			return
 		}

@@ -92,6 +92,7 @@ type Store struct {
 	small    atomic.Int64 // those of classNew
 	promised atomic.Int64 // keys of writes in progress that are not in the index; counted only under MaxKeys
 	waiting  int          // Stores that wait for room, under Pool.mu
+	strays   strays
 
 	// Locks are taken in this order: a slot, the key's stripe, segment.meta, device.alloc,
 	// Pool.mu, a leaf of the index. The stripe is held by who writes headers of the key's records.
@@ -207,13 +208,13 @@ func (s *Store) Exist(k Key) (size int64, ok bool) {
 }
 
 // Delete removes k. Once it returns, k is gone for good; Readers that have it
-// open read on. An error leaves k as it was.
+// open read on. After an error of the device k is as it was, or gone, or will be after a crash.
 func (s *Store) Delete(k Key) (existed bool, err error) {
 	if s.closed.Load() {
 		return false, ErrClosed
 	}
 	e, ok := s.index.get(k, 0, 0)
-	if !ok {
+	if !ok && s.strays.n.Load() == 0 {
 		return false, nil
 	}
 	live := !s.expired(e)
@@ -235,7 +236,7 @@ func (s *Store) erase(k Key, only *entry, why reason) (existed bool, err error) 
 	lock.Lock()
 	defer lock.Unlock()
 	e, ok := s.index.get(k, 0, 0)
-	if !ok || only != nil && e.seq() != only.seq() {
+	if ok && only != nil && e.seq() != only.seq() {
 		return false, nil
 	}
 	g, err := s.kill(sl, k)
@@ -246,16 +247,19 @@ func (s *Store) erase(k Key, only *entry, why reason) (existed bool, err error) 
 		err = g.dev.sync()
 	}
 	if err != nil {
-		return true, fmt.Errorf("kvlayer: delete %v: %w", k, err)
+		return ok, fmt.Errorf("kvlayer: delete %v: %w", k, err)
 	}
 	s.forget(k, nil, why)
-	return true, nil
+	return ok, nil
 }
 
-// kill marks k's record, if it has one, dead on the device. It returns its segment
+// kill marks k's record, if it has one, and its strays dead on the device. It returns the record's segment
 // with meta locked: the record stays where it is until the caller has published what comes
 // after it and unlocks. Under k's stripe.
 func (s *Store) kill(sl *slot, k Key) (*segment, error) {
+	if err := s.strays.bury(sl, func(t *stray) bool { return t.rec.key == k }); err != nil {
+		return nil, err
+	}
 	for {
 		e, ok := s.index.get(k, 0, 0)
 		if !ok {

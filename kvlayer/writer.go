@@ -519,7 +519,13 @@ func (s *Store) commit(w *Writer) error {
 		pl := w.parts[0]
 		r := w.record(0, seq)
 		r.kind = recordDead
-		_ = pl.seg.writeRecord(sl, r, nil)
+		bad := pl.seg.writeRecord(sl, r, nil)
+		if bad == nil && s.o.Flushed {
+			bad = pl.seg.dev.sync()
+		}
+		if bad != nil {
+			s.strays.add(pl.seg, r)
+		}
 		if old != nil {
 			old.meta.Unlock()
 			old = nil

@@ -11,7 +11,7 @@ import (
 // they happen, 0 to 1.
 type Rates struct {
 	ReadError  float64 // half of them stay until the place is written again
-	WriteError float64 // of the data, none or a part is written
+	WriteError float64 // of the data, none or a part is written; half of them stay
 	FlushError float64
 	ReadFlip   float64 // a read returns a wrong bit, this once
 	WriteFlip  float64 // a write leaves a wrong bit
@@ -30,6 +30,7 @@ type Plan struct {
 	rates Rates
 	nth   map[place]uint64
 	bad   map[int64]bool // blocks that cannot be read
+	stuck map[int64]bool // blocks that cannot be written
 	used  map[int64]bool // blocks that were written
 	done  Count
 }
@@ -47,16 +48,17 @@ type place struct {
 
 // NewPlan returns a plan without faults.
 func NewPlan(seed uint64) *Plan {
-	return &Plan{seed: seed, nth: map[place]uint64{}, bad: map[int64]bool{}, used: map[int64]bool{}}
+	return &Plan{seed: seed, nth: map[place]uint64{}, bad: map[int64]bool{}, stuck: map[int64]bool{}, used: map[int64]bool{}}
 }
 
-// Set says how often things go wrong from now on. Blocks that cannot be read
+// Set says how often things go wrong from now on. Blocks that cannot be read or written
 // are repaired.
 func (p *Plan) Set(r Rates) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.rates = r
 	clear(p.bad)
+	clear(p.stuck)
 }
 
 // Count returns how many faults there were so far.
@@ -99,12 +101,19 @@ func (p *Plan) Fault(o *uring.Op) (f Fault) {
 		}
 	case uring.OpWrite:
 		if chance(p.rates.WriteError) {
-			f = Fault{Err: uring.ErrMedia, Torn: true, Keep: int64(rnd.IntN(n)), Late: f.Late}
+			f = Fault{Err: uring.ErrMedia, Torn: true, Keep: int64(rnd.IntN(n + 1)), Late: f.Late}
+			if chance(0.5) {
+				p.stuck[first+rnd.Int64N(max(1, end-first))] = true
+			}
 		} else if chance(p.rates.WriteFlip) {
 			f.Corrupt = flip
 			p.done.Flips++
 		}
 		for b := first; b < end; b++ {
+			if p.stuck[b] && f.Err == nil {
+				f = Fault{Err: uring.ErrMedia, Torn: true, Keep: (b - first) * block, Late: f.Late}
+				break
+			}
 			delete(p.bad, b)
 			if p.used[b] {
 				continue
