@@ -179,7 +179,9 @@ type rdmaQueue struct {
 	dev         rdma.Device
 	qp          rdma.QP
 	ch          rdma.Channel
-	cq          rdma.CQ
+	sends       rdma.CQ
+	responded   rdma.CQ
+	late        int    // commands answered whose send is not known to be over; the completing goroutine's
 	mem         []byte // of capsules, small data and responses, off the heap
 	region      *rdma.Region
 	inCapsule   int // data bytes that fit into a command capsule
@@ -221,14 +223,17 @@ const receiveID = 1 << 32
 // open creates the queue pair, posts its receives and connects it.
 func (q *rdmaQueue) open(ctx context.Context, p queueParams) (err error) {
 	caps := q.dev.Caps()
-	depth := min(p.depth, caps.MaxQPWR-1, (caps.MaxCQE-1)/2)
+	depth := min(p.depth, caps.MaxQPWR-1, caps.MaxCQE-1)
 	if q.ch, err = q.dev.NewChannel(); err != nil {
 		return err
 	}
-	if q.cq, err = q.ch.NewCQ(2*depth + 1); err != nil {
+	if q.sends, err = q.ch.NewCQ(depth); err != nil {
 		return err
 	}
-	q.qp, err = q.id.CreateQP(rdma.QPAttr{SendCQ: q.cq, RecvCQ: q.cq, RecvDepth: depth + 1, SendDepth: depth, SendSGE: 1, Inline: nvmeof.CommandSize})
+	if q.responded, err = q.ch.NewCQ(depth + 1); err != nil {
+		return err
+	}
+	q.qp, err = q.id.CreateQP(rdma.QPAttr{SendCQ: q.sends, RecvCQ: q.responded, RecvDepth: depth + 1, SendDepth: depth, SendSGE: 1, Inline: nvmeof.CommandSize})
 	if err != nil {
 		return err
 	}
@@ -545,7 +550,7 @@ func (q *rdmaQueue) complete() {
 		case n > 0 || err != nil:
 			armed = false
 		case !armed:
-			err = q.ch.Arm()
+			err = q.arm()
 			armed = true
 		default:
 			err = q.ch.Wait()
@@ -564,6 +569,16 @@ func (q *rdmaQueue) complete() {
 		<-q.free
 	}
 	q.unmap()
+}
+
+// arm asks to be woken for the next response. A send is over before its response comes, but for one that is told of late.
+func (q *rdmaQueue) arm() error {
+	if q.late > 0 {
+		if err := q.sends.Arm(); err != nil {
+			return err
+		}
+	}
+	return q.responded.Arm()
 }
 
 func (q *rdmaQueue) failed() bool {
@@ -586,6 +601,9 @@ func (q *rdmaQueue) completion(wc *rdma.WC, b *rdma.Batch, finished []*rdmaSlot)
 	if wc.ID&receiveID == 0 {
 		s = &q.slots[wc.ID]
 		s.sent = true
+		if s.answered {
+			q.late--
+		}
 	} else {
 		i := int(wc.ID &^ receiveID)
 		if wc.Bytes != nvmeof.CompletionSize || wc.WithInvalidate() { // no key may be invalidated: we never ask
@@ -598,6 +616,9 @@ func (q *rdmaQueue) completion(wc *rdma.WC, b *rdma.Batch, finished []*rdmaSlot)
 		}
 		s = &q.slots[slot]
 		s.cqe, s.answered = cqe, true
+		if !s.sent {
+			q.late++
+		}
 		if b.Empty() {
 			b.Recv(q.qp)
 		}
@@ -632,8 +653,10 @@ func (q *rdmaQueue) close() {
 		q.qp.Fail()
 	}
 	q.id.Close()
-	if q.cq != nil {
-		q.cq.Close()
+	for _, cq := range []rdma.CQ{q.sends, q.responded} {
+		if cq != nil {
+			cq.Close()
+		}
 	}
 	if q.ch != nil {
 		q.ch.Close()

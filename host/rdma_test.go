@@ -26,6 +26,7 @@ type fakeRDMA struct {
 	dev  rdma.Device
 	qp   rdma.QP
 	ch   rdma.Channel
+	cq   rdma.CQ
 	recv [][]byte // receive buffers
 	out  []byte   // a response
 	reg  []*rdma.Region
@@ -92,12 +93,12 @@ func (f *fake) serveRDMA(id rdma.ID) {
 	r.ch, err = r.dev.NewChannel()
 	must(err)
 	defer r.ch.Close()
-	cq, err := r.ch.NewCQ(4096)
+	r.cq, err = r.ch.NewCQ(4096)
 	must(err)
 	depth := int(req.HSQSIZE) + 1
-	r.qp, err = id.CreateQP(rdma.QPAttr{SendCQ: cq, RecvCQ: cq, RecvDepth: depth, SendDepth: 256, SendSGE: 1})
+	r.qp, err = id.CreateQP(rdma.QPAttr{SendCQ: r.cq, RecvCQ: r.cq, RecvDepth: depth, SendDepth: 256, SendSGE: 1})
 	must(err)
-	defer cq.Close()
+	defer r.cq.Close()
 	defer id.Close() // before the queue
 	for range depth {
 		r.recv = append(r.recv, make([]byte, 64+8192))
@@ -173,7 +174,7 @@ func (r *fakeRDMA) turn() bool {
 	var wc [16]rdma.WC
 	n := r.ch.Turn(nil, wc[:])
 	if n == 0 {
-		if r.ch.Arm() != nil {
+		if r.cq.Arm() != nil {
 			return false
 		}
 		if n = r.ch.Turn(nil, wc[:]); n == 0 && r.ch.Wait() != nil {

@@ -157,16 +157,14 @@ type Event struct {
 }
 
 // Channel is a completion channel with its completion queues: what one goroutine polls, or sleeps on (struct
-// ibv_comp_channel). Turn, Arm and Wait are called by one goroutine at a time; the rest by any.
+// ibv_comp_channel). Turn and Wait are called by one goroutine at a time; the rest by any.
 type Channel interface {
 	// NewCQ adds a completion queue for at least depth completions. Its owner must see to it that no more can come.
 	NewCQ(depth int) (CQ, error)
 	// Turn posts b, which may be nil, then polls the channel's completion queues for up to len(wc) completions, in turns
 	// between queues, and returns how many it put there. What could not be posted is told by b.
 	Turn(b *Batch, wc []WC) int
-	// Arm asks for Wait to return at the next completion of any queue. Those that came before are found by one more Turn.
-	Arm() error
-	// Wait sleeps until a completion comes after Arm, or Wake is called. It fails with ErrClosed after Close.
+	// Wait sleeps until a completion comes to a queue that was armed, or Wake is called. It fails with ErrClosed after Close.
 	Wait() error
 	// Wake makes Wait return.
 	Wake()
@@ -176,7 +174,10 @@ type Channel interface {
 
 // CQ is a completion queue (struct ibv_cq), polled through its Channel.
 type CQ interface {
-	// Close destroys the queue, after all queue pairs that use it, and while its channel is not in Turn or Arm.
+	// Arm asks for Wait to return at the queue's next completion. Those that came before are found by one more Turn. It may be
+	// called by any goroutine.
+	Arm() error
+	// Close destroys the queue, after all queue pairs that use it, and while its channel is not in Turn.
 	Close() error
 }
 

@@ -865,14 +865,6 @@ func (c *channel) Turn(b *Batch, wc []WC) int {
 	return turn(b, cqs, c.at, wc)
 }
 
-func (c *channel) Arm() error {
-	cqs := *c.cqs.Load()
-	if rc := C.kvof_arm((*C.uintptr_t)(unsafe.Pointer(unsafe.SliceData(cqs))), C.int(len(cqs))); rc != 0 {
-		return syscall.Errno(rc)
-	}
-	return nil
-}
-
 func (c *channel) Wait() error {
 	err := c.fd.raw.Read(c.try)
 	switch {
@@ -904,9 +896,16 @@ type completions struct {
 	cq *C.struct_ibv_cq
 }
 
+func (q *completions) Arm() error {
+	if rc := C.kvof_arm(q.cq); rc != 0 {
+		return syscall.Errno(rc)
+	}
+	return nil
+}
+
 func (q *completions) handle() uintptr { return uintptr(unsafe.Pointer(q.cq)) }
 
-// Close takes the queue from its channel, which must not be in Turn or Arm meanwhile.
+// Close takes the queue from its channel, which must not be in Turn meanwhile.
 func (q *completions) Close() error {
 	q.ch.mu.Lock()
 	var list []uintptr

@@ -117,14 +117,7 @@ int kvof_turn(struct kvof_chain *chains, int nchains, struct kvof_wr *wrs, struc
 	return found;
 }
 
-int kvof_arm(uintptr_t *cqs, int ncqs) {
-	for (int i = 0; i < ncqs; i++) {
-		int err = ibv_req_notify_cq((struct ibv_cq *)cqs[i], 0);
-		if (err)
-			return positive(err);
-	}
-	return 0;
-}
+int kvof_arm(struct ibv_cq *cq) { return positive(ibv_req_notify_cq(cq, 0)); }
 
 static int again(void) { return errno == EAGAIN || errno == EINTR ? 0 : -errno; }
 

@@ -33,7 +33,7 @@ int kvof_turn(struct kvof_chain *chains, int nchains, struct kvof_wr *wrs, struc
 	uintptr_t *cqs, int ncqs, int start, struct ibv_wc *wc, int nwc);
 
 // Asks for an event at the next completion of each queue; an errno or 0.
-int kvof_arm(uintptr_t *cqs, int ncqs);
+int kvof_arm(struct ibv_cq *cq);
 
 // Takes and acknowledges one event of a completion channel: 1, or 0 when there is none, or a negative errno.
 int kvof_cq_event(struct ibv_comp_channel *ch);

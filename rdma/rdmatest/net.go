@@ -403,15 +403,6 @@ func (c *channel) Turn(b *rdma.Batch, wc []rdma.WC) int {
 	return n
 }
 
-func (c *channel) Arm() error {
-	c.dev.net.mu.Lock()
-	defer c.dev.net.mu.Unlock()
-	for _, q := range c.cqs {
-		q.armed = true
-	}
-	return nil
-}
-
 func (c *channel) Wait() error {
 	select {
 	case <-c.event:
@@ -435,6 +426,13 @@ func (c *channel) Close() error {
 		c.dev.open--
 		c.dev.net.mu.Unlock()
 	})
+	return nil
+}
+
+func (q *cq) Arm() error {
+	q.ch.dev.net.mu.Lock()
+	defer q.ch.dev.net.mu.Unlock()
+	q.armed = true
 	return nil
 }
 

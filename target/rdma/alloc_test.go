@@ -140,7 +140,6 @@ func (d *nullDevice) send(c *nvmeof.Command, data []byte) {
 type nullChannel nullDevice
 
 func (c *nullChannel) NewCQ(int) (rdma.CQ, error) { return nullQueue{}, nil }
-func (c *nullChannel) Arm() error                 { return nil }
 func (c *nullChannel) Close() error               { return nil }
 func (c *nullChannel) Wait() error                { <-c.wake; return nil }
 func (c *nullChannel) Wake() {
@@ -171,6 +170,7 @@ func (q *nullQP) LastReceive() <-chan struct{} { return q.ended }
 type nullQueue struct{}
 
 func (nullQueue) Handle() uintptr { return 2 }
+func (nullQueue) Arm() error      { return nil }
 func (nullQueue) Close() error    { return nil }
 
 // nullHost is a connected host on null devices, one for each queue.

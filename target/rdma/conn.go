@@ -111,9 +111,29 @@ type item struct {
 // entry is what was posted: an item's last request, or one in its middle.
 type entry struct {
 	item
-	seq uint32
-	wrs int  // places of the send queue
-	end bool // the item ends with it
+	seq  uint32
+	wrs  int  // places of the send queue
+	end  bool // the item ends with it
+	wait wait
+}
+
+// wait says who looks for the end of a posted request.
+type wait uint8
+
+const (
+	unsignaled wait = iota // it is not told of
+	unawaited              // nobody, soon
+	awaited                // somebody: it wakes the lane
+)
+
+// count adds n to the shard's requests of the kind.
+func (s *shard) count(w wait, n int32) {
+	switch w {
+	case unawaited:
+		s.unawaited.Add(n)
+	case awaited:
+		s.awaited.Add(n)
+	}
 }
 
 // fifo is a queue that keeps its memory.
@@ -156,7 +176,7 @@ func newConn(l *Listener, d *device, id rdma.ID, req *nvmeof.RDMARequest, reads 
 	if c.shard, err = c.lane.place(c.depth, c.sends+1); err != nil {
 		return nil, err
 	}
-	attr := rdma.QPAttr{SendCQ: c.shard.cq, RecvCQ: c.shard.cq, SendDepth: c.sends + 1, SendSGE: c.sges, Inline: nvmeof.CompletionSize}
+	attr := rdma.QPAttr{SendCQ: c.shard.sends, RecvCQ: c.shard.recvs, SendDepth: c.sends + 1, SendSGE: c.sges, Inline: nvmeof.CompletionSize}
 	if c.recvs = c.shard.srq; c.recvs != nil {
 		attr.SRQ = c.recvs.queue.(rdma.SRQ)
 	} else {
@@ -269,12 +289,16 @@ func (c *conn) abort() {
 		backs = append(backs, a.slot)
 	}
 	for done.len() > 0 {
-		if e := done.pop(); e.end {
+		e := done.pop()
+		c.shard.count(e.wait, -1)
+		if e.end {
 			c.retire(&e.item)
 		}
 	}
 	for reading.len() > 0 {
-		if e := reading.pop(); e.end {
+		e := reading.pop()
+		c.shard.count(e.wait, -1)
+		if e.end {
 			c.arrived(e.op, false)
 		}
 	}
@@ -336,6 +360,7 @@ func (c *conn) execute(a arrival) {
 	r := c.queue.NewRequest()
 	if r == nil {
 		c.early = append(c.early, a)
+		c.lane.overdue.Store(true)
 		return
 	}
 	from, slot := a.from, a.slot
@@ -628,7 +653,7 @@ func (c *conn) fill(b *rdma.Batch) bool {
 	for c.out.len() > 0 {
 		switch it := c.out.front(); {
 		case it.kind == drain:
-			b.Add(rdma.WR{ID: c.note(c.out.pop(), 0, true), Op: rdma.OpWrite, Flags: rdma.FlagSignaled}) // of no bytes
+			b.Add(rdma.WR{ID: c.note(c.out.pop(), 0, true, awaited), Op: rdma.OpWrite, Flags: rdma.FlagSignaled}) // of no bytes
 		case c.free == 0:
 			return true
 		case it.kind == write:
@@ -640,15 +665,24 @@ func (c *conn) fill(b *rdma.Batch) bool {
 	return true
 }
 
-// note notes a posted request and returns its ID.
-func (c *conn) note(it item, wrs int, end bool) uint64 {
+// note notes a request that is about to be posted and returns its ID.
+func (c *conn) note(it item, wrs int, end bool, w wait) uint64 {
 	c.seq++
 	c.free -= wrs
 	posted := &c.done
 	if it.kind == read {
 		posted = &c.reading
 	}
-	posted.push(entry{item: it, seq: c.seq, wrs: wrs, end: end})
+	posted.push(entry{item: it, seq: c.seq, wrs: wrs, end: end, wait: w})
+	c.shard.count(w, 1)
+	switch w {
+	case unawaited:
+		c.lane.later()
+	case awaited:
+		if err := c.shard.arm(); err != nil {
+			c.dev.lost("arming a completion queue failed: " + err.Error())
+		}
+	}
 	return c.serial<<32 | uint64(c.seq)
 }
 
@@ -675,7 +709,7 @@ func (c *conn) fillRead(b *rdma.Batch) {
 		end = true
 	}
 	c.readFree--
-	id := c.note(*it, 1, end)
+	id := c.note(*it, 1, end, awaited)
 	if end {
 		c.reads.pop()
 	}
@@ -700,7 +734,7 @@ func (c *conn) fillWrite(b *rdma.Batch) {
 		end := len(it.data) == 0 || sge.Length == 0
 		if end {
 			signal = signal || it.signal
-			c.note(c.out.pop(), 0, true)
+			c.note(c.out.pop(), 0, true, unsignaled)
 		}
 		if n == c.sges || left == 0 || o.sgl.room() == 0 || c.out.len() == 0 {
 			break
@@ -709,10 +743,17 @@ func (c *conn) fillWrite(b *rdma.Batch) {
 			break
 		}
 	}
-	w.ID = c.note(item{op: o, kind: write, page: noPage}, 1, false)
-	if signal || c.free == 0 || c.dev.caps.IWARP { // soft-iWARP has TCP send the memory itself, even late, unless asked when the WRITE is over
+	told := unsignaled
+	switch {
+	case signal, c.free == 1:
+		told = awaited
+	case c.dev.caps.IWARP: // soft-iWARP has TCP send the memory itself, even late, unless asked when the WRITE is over
+		told = unawaited
+	}
+	if told != unsignaled {
 		w.Flags = rdma.FlagSignaled
 	}
+	w.ID = c.note(item{op: o, kind: write, page: noPage}, 1, false, told)
 	b.Add(w, sges[:n]...)
 }
 
@@ -730,7 +771,11 @@ func (c *conn) fillResponse(b *rdma.Batch) {
 			w.Flags = rdma.FlagSignaled
 		}
 	}
-	w.ID = c.note(it, 1, true)
+	told := unawaited
+	if o.r.Sent > uring.SmallBuf || c.free < c.sends*3/4 { // others may wait for the memory, or the place
+		told = awaited
+	}
+	w.ID = c.note(it, 1, true, told)
 	c.taken.Add(-1)
 	b.Add(w, c.cqes.sge(cqe))
 }
@@ -753,6 +798,7 @@ func (c *conn) sent(wc *rdma.WC) {
 	for posted.len() > 0 && int32(posted.front().seq-seq) <= 0 {
 		e := posted.pop()
 		c.free += e.wrs
+		c.shard.count(e.wait, -1)
 		if e.kind == read {
 			c.readFree++
 		}

@@ -15,9 +15,12 @@ import (
 const (
 	// pollBatch is how many completions one turn takes.
 	pollBatch = 64
-	// srqDepth and cqDepth are the sizes of a shard's queues.
-	srqDepth = 4096
-	cqDepth  = 3 * srqDepth
+	// recvDepth and sendDepth are the sizes of a shard's queues.
+	recvDepth = 4096
+	sendDepth = 2 * recvDepth
+
+	// lateTime is how long the end of a send that nobody waits for may go unnoticed.
+	lateTime = 10 * time.Millisecond
 
 	// spinTime is how long a lane looks for work before it asks for an interrupt, if work has lately come that fast. To
 	// sleep and be woken costs more than that.
@@ -49,15 +52,39 @@ type lane struct {
 	chains  []int     // of those
 	ended   []entry   // scratch
 	score   int
+
+	lag              *time.Timer
+	lagging, overdue atomic.Bool // it runs; it has run out
 }
 
-// shard is a completion queue and a shared receive queue. Queue pairs are placed on a shard that has room for all that
-// they may have under way, so that neither queue can overflow or run dry.
+// shard is two completion queues and a shared receive queue. Queue pairs are placed on a shard that has room for all that
+// they may have under way, so that no queue can overflow or run dry.
+//
+// A sleeping lane is woken by receives. The end of a response that holds little wakes nobody: it is noticed when the lane is
+// awake for other reasons, or after lateTime. So a small read wakes the lane once, not twice.
 type shard struct {
-	cq    rdma.CQ
-	srq   *receives // nil on devices without
-	room  int       // completions not spoken for
-	users int       // queue pairs
+	recvs, sends       rdma.CQ
+	srq                *receives // nil on devices without
+	recvRoom, sendRoom int       // completions not spoken for; of receives only without srq
+	users              int       // queue pairs
+
+	awaited, unawaited atomic.Int32 // sends under way that somebody waits for, and others
+	quiet              atomic.Bool  // the lane sleeps, and sends is not armed
+}
+
+// later sees to it that the lane looks for the ends of sends in a while.
+func (l *lane) later() {
+	if !l.lagging.Load() && l.lagging.CompareAndSwap(false, true) {
+		l.lag.Reset(lateTime)
+	}
+}
+
+// arm has the lane woken by the end of a send too, if it is not yet.
+func (s *shard) arm() error {
+	if s.quiet.CompareAndSwap(true, false) {
+		return s.sends.Arm()
+	}
+	return nil
 }
 
 func newLane(d *device) (*lane, error) {
@@ -66,6 +93,12 @@ func newLane(d *device) (*lane, error) {
 		return nil, err
 	}
 	l := &lane{dev: d, ch: ch, done: make(chan struct{}), conns: map[uint32]*conn{}}
+	l.lag = time.AfterFunc(time.Hour, func() {
+		l.lagging.Store(false)
+		l.overdue.Store(true)
+		l.ch.Wake()
+	})
+	l.lag.Stop()
 	go l.run()
 	return l, nil
 }
@@ -78,34 +111,17 @@ func (l *lane) place(receives, sends int) (*shard, error) {
 	for i, s := range l.shards {
 		if s == nil {
 			at = i
-		} else if s.room >= receives+sends && (s.srq == nil || s.srq.reserve(receives) == nil) {
-			s.room -= receives + sends
-			s.users++
+		} else if s.take(receives, sends) == nil {
 			return s, nil
 		}
 	}
-	s := &shard{room: min(cqDepth, l.dev.caps.MaxCQE)}
-	if l.dev.caps.MaxSRQ > 0 {
-		depth := min(srqDepth, l.dev.caps.MaxSRQWR)
-		srq, err := l.dev.dev.NewSRQ(depth)
-		if err != nil {
-			return nil, err
-		}
-		s.srq = newReceives(l.dev, srq, depth, at)
-		s.room -= pollBatch
-	}
-	cq, err := l.ch.NewCQ(s.room)
-	if s.cq = cq; err == nil && s.room < receives+sends {
-		err = errNoRoom
-	}
-	if err == nil && s.srq != nil {
-		err = s.srq.reserve(receives)
+	s, err := l.newShard(at)
+	if err == nil {
+		err = s.take(receives, sends)
 	}
 	if err != nil {
 		return nil, errors.Join(err, s.close())
 	}
-	s.room -= receives + sends
-	s.users++
 	if at == len(l.shards) {
 		l.shards = append(l.shards, nil)
 	}
@@ -115,14 +131,51 @@ func (l *lane) place(receives, sends int) (*shard, error) {
 
 var errNoRoom = errors.New("the device's queues have no room")
 
+func (l *lane) newShard(at int) (s *shard, err error) {
+	s = &shard{recvRoom: min(recvDepth, l.dev.caps.MaxCQE), sendRoom: min(sendDepth, l.dev.caps.MaxCQE)}
+	if l.dev.caps.MaxSRQ > 0 {
+		depth := min(s.recvRoom, l.dev.caps.MaxSRQWR)
+		srq, err := l.dev.dev.NewSRQ(depth)
+		if err != nil {
+			return nil, err
+		}
+		s.srq = newReceives(l.dev, srq, depth, at)
+	}
+	if s.recvs, err = l.ch.NewCQ(s.recvRoom); err == nil {
+		s.sends, err = l.ch.NewCQ(s.sendRoom)
+	}
+	return s, err
+}
+
+// take takes room for a queue pair.
+func (s *shard) take(receives, sends int) error {
+	switch {
+	case s.sendRoom < sends:
+		return errNoRoom
+	case s.srq != nil:
+		if err := s.srq.reserve(receives); err != nil {
+			return err
+		}
+	case s.recvRoom < receives+slack:
+		return errNoRoom
+	default:
+		s.recvRoom -= receives + slack
+	}
+	s.sendRoom -= sends
+	s.users++
+	return nil
+}
+
 // leave gives the place of a queue pair back. The last one leaves the shard to be closed, unless it is the only one.
 func (l *lane) leave(s *shard, receives, sends int) {
-	if s.srq != nil {
-		s.srq.release(receives)
-	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	s.room += receives + sends
+	if s.srq != nil {
+		s.srq.release(receives)
+	} else {
+		s.recvRoom += receives + slack
+	}
+	s.sendRoom += sends
 	if s.users--; s.users > 0 {
 		return
 	}
@@ -154,8 +207,10 @@ func (s *shard) close() error {
 		return nil
 	}
 	var errs []error
-	if s.cq != nil {
-		errs = append(errs, s.cq.Close())
+	for _, cq := range []rdma.CQ{s.recvs, s.sends} {
+		if cq != nil {
+			errs = append(errs, cq.Close())
+		}
 	}
 	if s.srq != nil {
 		errs = append(errs, s.srq.queue.(rdma.SRQ).Close(), s.srq.close())
@@ -212,6 +267,7 @@ func (l *lane) close() error {
 	l.order(nil)
 	l.mu.Unlock()
 	<-l.done
+	l.lag.Stop()
 	var errs []error
 	for _, s := range l.shards {
 		errs = append(errs, s.close())
@@ -250,7 +306,8 @@ func (l *lane) run() {
 
 // sleep waits for the next completion, unless one came meanwhile.
 func (l *lane) sleep() {
-	if err := l.ch.Arm(); err != nil {
+	defer l.awake()
+	if err := l.arm(); err != nil {
 		l.dev.lost("arming a completion queue failed: " + err.Error())
 		time.Sleep(time.Millisecond)
 		return
@@ -268,6 +325,43 @@ func (l *lane) sleep() {
 		l.score = min(l.score+1, spinScore)
 	} else {
 		l.score = max(l.score-2, 0)
+	}
+}
+
+// arm asks to be woken by the next receive and, where somebody waits for the end of a send, by that.
+func (l *lane) arm() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	late, overdue := false, l.overdue.Swap(false)
+	for _, s := range l.shards {
+		if s == nil {
+			continue
+		}
+		if err := s.recvs.Arm(); err != nil {
+			return err
+		}
+		s.quiet.Store(true)
+		if s.awaited.Load() > 0 || overdue && s.unawaited.Load() > 0 {
+			if err := s.arm(); err != nil {
+				return err
+			}
+		}
+		late = late || s.unawaited.Load() > 0
+	}
+	if late {
+		l.later()
+	}
+	return nil
+}
+
+// awake ends what arm began.
+func (l *lane) awake() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, s := range l.shards {
+		if s != nil {
+			s.quiet.Store(false)
+		}
 	}
 }
 

@@ -330,3 +330,42 @@ func TestBurst(t *testing.T) {
 		return nil
 	})
 }
+
+// TestLateEnds shows that the ends of small reads' responses wake no lane, and that none goes unnoticed for long.
+func TestLateEnds(t *testing.T) {
+	dir := t.TempDir()
+	e := serve(t, rdmatest.DefaultCaps(), block(1, configs.DeviceFile, dir, 16<<20))
+	_, io := e.queues(1 << 20)
+	io.must(io.rw(nvmeof.OpWrite, 1, 0, 256, 0), nil)
+	sleeps := func() (n uint64) {
+		for _, s := range e.transport.Status() {
+			n += s.Sleeps
+		}
+		return n
+	}
+	const reads = 500
+	before := sleeps()
+	for i := range reads {
+		io.must(io.rw(nvmeof.OpRead, 1, uint64(i%256), 1, 0), nil)
+	}
+	if n := sleeps() - before; n > reads*3/2 {
+		t.Errorf("%d sleeps for %d reads", n, reads)
+	}
+	eventually(t, func() error {
+		e.transport.mu.Lock()
+		defer e.transport.mu.Unlock()
+		for _, d := range e.transport.devices {
+			for _, l := range d.lanes {
+				l.mu.Lock()
+				defer l.mu.Unlock()
+				for _, s := range l.shards {
+					if n := s.awaited.Load() + s.unawaited.Load(); n != 0 {
+						return fmt.Errorf("%d ends of sends unnoticed", n)
+					}
+				}
+			}
+		}
+		return nil
+	})
+	e.quiet(1)
+}
