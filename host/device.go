@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -177,7 +178,7 @@ func (d *Device) identify() error {
 	d.ns = Namespace{NSID: uint32(nsid), CSI: nvmeof.CSIKV}
 	page := make([]byte, nvmeof.IdentifySize)
 	cmd := nvmeof.MakeIdentify(nvmeof.CNSNamespaceCSI, d.ns.NSID, nvmeof.CSIKV)
-	if _, err := d.admin(cmd, page); err != nil {
+	if err := d.admin(cmd, page, new(deviceSlot)); err != nil {
 		var st nvmeof.Status
 		if errors.As(err, &st) {
 			return fmt.Errorf("%w: namespace %d is not a Key Value namespace (%w)", ErrNoNamespace, d.ns.NSID, st)
@@ -249,21 +250,30 @@ func (d *Device) Close() error {
 	return err
 }
 
-func (d *Device) submit(ctx context.Context, cmd nvmeof.Command, data data, _ bool) (nvmeof.Completion, int, error) {
-	var s *deviceSlot
+// slot waits for a slot; the caller gives it back to d.free.
+func (d *Device) slot(ctx context.Context) (s *deviceSlot, err error) {
 	select {
 	case s = <-d.free:
 	case <-ctx.Done():
-		return nvmeof.Completion{}, 0, context.Cause(ctx)
+		return nil, context.Cause(ctx)
 	case <-d.closed:
-		return nvmeof.Completion{}, 0, ErrClosed
+		return nil, ErrClosed
 	}
-	defer func() { d.free <- s }()
 	select {
 	case <-d.closed:
-		return nvmeof.Completion{}, 0, ErrClosed
+		d.free <- s
+		return nil, ErrClosed
 	default:
+		return s, nil
 	}
+}
+
+func (d *Device) submit(ctx context.Context, cmd nvmeof.Command, data data, _ bool) (nvmeof.Completion, int, error) {
+	s, err := d.slot(ctx)
+	if err != nil {
+		return nvmeof.Completion{}, 0, err
+	}
+	defer func() { d.free <- s }()
 	size := data.size()
 	if m := d.maxTransfer(data.buf); uint64(size) > m || !d.fits(data.pieces) {
 		return nvmeof.Completion{}, 0, tooLarge(size, m)
@@ -276,10 +286,22 @@ func (d *Device) submit(ctx context.Context, cmd nvmeof.Command, data data, _ bo
 	return cqe, n, err
 }
 
-// admin carries out an admin command that reads a page.
-func (d *Device) admin(cmd nvmeof.Command, page []byte) (nvmeof.Completion, error) {
-	cqe, err := d.call(ioctlAdmin, &cmd, data{buf: page}, new(deviceSlot))
-	return cqe, statusError(cqe, err)
+// admin carries out an admin command that reads a page: the kernel passes it on to the namespace's controller.
+func (d *Device) admin(cmd nvmeof.Command, page []byte, s *deviceSlot) error {
+	cqe, err := d.call(ioctlAdmin, &cmd, data{buf: page}, s)
+	return statusError(cqe, err)
+}
+
+// LogPage reads len(b) bytes (a multiple of 4) of a log page of the namespace's controller from offset off. An
+// event that named the page stays: the kernel's host wants it. The kernel lets only root (CAP_SYS_ADMIN): for others the
+// error wraps [fs.ErrPermission].
+func (d *Device) LogPage(ctx context.Context, lid uint8, off uint64, b []byte) error {
+	s, err := d.slot(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { d.free <- s }()
+	return d.admin(nvmeof.MakeGetLogPage(lid, nvmeof.BroadcastNSID, uint32(len(b)), off, 0, true), b, s)
 }
 
 // Statuses that the kernel's host makes up (linux/nvme.h).
@@ -309,7 +331,7 @@ func (d *Device) call(request uintptr, cmd *nvmeof.Command, data data, s *device
 	s.vecs = s.vecs[:0]
 	st := nvmeof.Status(n)
 	switch {
-	case errors.Is(err, unix.EACCES):
+	case errors.Is(err, fs.ErrPermission):
 		err = fmt.Errorf("the kernel does not pass command %02Xh on for this user: %w", cmd.Opcode(), err)
 	case errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):
 		err = fmt.Errorf("%w: %s: %w", ErrConnectionLost, d.path, err)

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -31,6 +32,7 @@ type attached struct {
 	errno error
 	st    nvmeof.Status
 	hold  chan bool // when set, I/O waits for it
+	user  bool      // not root: the kernel passes nothing on but Identify and the specification's own I/O commands
 }
 
 func attach(t *testing.T) *attachment {
@@ -78,13 +80,24 @@ func (a *attachment) ioctl(fd int, request uintptr, arg unsafe.Pointer) (int, er
 	if request != 0xC0504E49 {
 		buf = unsafe.Slice((*byte)(p.addr), p.dataLen)
 	}
-	if p.flags != 0 || p.metadata != 0 || p.timeout != 0 || p.nsid != n.nsid {
+	if p.flags != 0 || p.metadata != 0 || p.timeout != 0 || p.nsid != n.nsid && request != 0xC0504E47 {
 		a.t.Errorf("%+v", p)
 		return 0, syscall.EINVAL
 	}
+	if n.user && (p.opcode >= 0x80 || request == 0xC0504E47 && p.opcode != nvmeof.OpIdentify) {
+		return 0, syscall.EACCES
+	}
 	switch request {
 	case 0xC0504E47:
-		if p.opcode != nvmeof.OpIdentify || p.cdw10[0] != 5 || p.cdw10[1] != 1<<24 || p.dataLen != 4096 {
+		if p.opcode == nvmeof.OpGetLogPage {
+			if p.nsid != nvmeof.BroadcastNSID || int(cmd.LogLength()) != len(buf) || !cmd.RAE() {
+				a.t.Errorf("%+v", p)
+			}
+			var st nvmeof.Status
+			errors.As(n.LogPage(context.Background(), cmd.LID(), cmd.LogOffset(), buf), &st)
+			return int(st), nil
+		}
+		if p.opcode != nvmeof.OpIdentify || p.nsid != n.nsid || p.cdw10[0] != 5 || p.cdw10[1] != 1<<24 || p.dataLen != 4096 {
 			a.t.Errorf("%+v", p)
 		}
 		if n.memory == nil { // of another command set
@@ -98,7 +111,7 @@ func (a *attachment) ioctl(fd int, request uintptr, arg unsafe.Pointer) (int, er
 			d.pieces = append(d.pieces, unsafe.Slice(v.Base, v.Len))
 		}
 		cqe, _, err := n.submit(context.Background(), cmd, d, false)
-		p.result = uint64(cqe.DW0())
+		p.result = uint64(cqe.DW0()) | uint64(cqe.DW1())<<32
 		return int(cqe.Status()), err
 	case 0xC0504E48:
 		if n.hold != nil {
@@ -108,7 +121,7 @@ func (a *attachment) ioctl(fd int, request uintptr, arg unsafe.Pointer) (int, er
 			return int(n.st), n.errno
 		}
 		cqe, _, err := n.submit(context.Background(), cmd, data{buf: buf}, false)
-		p.result = uint64(cqe.DW0())
+		p.result = uint64(cqe.DW0()) | uint64(cqe.DW1())<<32
 		if errors.Is(err, ErrTransferSize) {
 			return 0, syscall.EINVAL
 		}
@@ -298,5 +311,60 @@ func TestDeviceErrors(t *testing.T) {
 	}
 	if err := d.Close(); err != ErrClosed {
 		t.Error(err)
+	}
+}
+
+// TestDeviceVendor has both vendor specific commands go through the kernel, and do without them for who is not root.
+func TestDeviceVendor(t *testing.T) {
+	for _, user := range []bool{false, true} {
+		a := attach(t)
+		n := &attached{memory: newMemory(0).withVendor(), nsid: 1, user: user}
+		var many, ranges, single atomic.Int32
+		n.hook = func(op uint8, _ string) error {
+			switch op {
+			case nvmeof.OpExistMany:
+				many.Add(1)
+			case nvmeof.OpRetrieveRange:
+				ranges.Add(1)
+			case nvmeof.OpExist:
+				single.Add(1)
+			}
+			return nil
+		}
+		a.add("ng0n1", "nqn.a", n, "nvme0n1")
+		d, err := a.open("nqn.a", 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		kv := d.KV()
+		var keys [][]byte
+		for i := range 200 {
+			keys = append(keys, fmt.Appendf(nil, "k%d", i))
+			if i != 150 {
+				n.kv[string(keys[i])] = nil
+			}
+		}
+		if run, err := kv.ExistPrefix(t.Context(), keys); run != 150 || err != nil {
+			t.Error(run, err)
+		}
+		if (many.Load() == 4) == user || (single.Load() == 0) == user {
+			t.Errorf("user %v: %d Exist Many, %d Exist", user, many.Load(), single.Load())
+		}
+		want := random(5<<20 + 3)
+		n.kv["large"], n.tags["large"] = want, 7
+		got := make([]byte, len(want)+1)
+		size, err := kv.Values(0).Retrieve(t.Context(), []byte("large"), got[1:])
+		switch {
+		case user && !errors.Is(err, ErrTransferSize):
+			t.Error(err)
+		case !user && (size != len(want) || err != nil || !bytes.Equal(got[1:], want) || ranges.Load() != 6):
+			t.Error(size, err, ranges.Load())
+		}
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+		if err := d.LogPage(t.Context(), nvmeof.LogVendor, 0, make([]byte, 512)); err != ErrClosed {
+			t.Error(err)
+		}
 	}
 }

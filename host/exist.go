@@ -2,7 +2,6 @@ package host
 
 import (
 	"context"
-	"errors"
 	"sync"
 	"sync/atomic"
 
@@ -21,7 +20,7 @@ const (
 func (k *KV) ExistPrefix(ctx context.Context, keys [][]byte) (int, error) {
 	found := make([]bool, len(keys))
 	stride := len(keys)
-	if !k.existMany(ctx) {
+	if !k.vendorCommands(ctx).existMany {
 		stride = existStride
 	}
 	for i := 0; i < len(keys); i += stride {
@@ -46,7 +45,7 @@ func (k *KV) ExistMany(ctx context.Context, keys [][]byte, found []bool) error {
 			return nvmeof.InvalidKeySize
 		}
 	}
-	if !k.existMany(ctx) {
+	if !k.vendorCommands(ctx).existMany {
 		return k.existEach(ctx, keys, found)
 	}
 	n := (len(keys) + nvmeof.MaxExistMany - 1) / nvmeof.MaxExistMany
@@ -55,8 +54,7 @@ func (k *KV) ExistMany(ctx context.Context, keys [][]byte, found []bool) error {
 		last := min(first+nvmeof.MaxExistMany, len(keys))
 		return k.existChunk(ctx, keys[first:last], found[first:last])
 	})
-	if errors.Is(err, nvmeof.InvalidOpcode) { // another target has taken the namespace over
-		k.many.Store(manyAbsent)
+	if k.lacks(err) {
 		return k.existEach(ctx, keys, found)
 	}
 	return err
@@ -124,45 +122,4 @@ func (k *KV) existChunk(ctx context.Context, keys [][]byte, found []bool) error 
 		found[i] = bits>>i&1 != 0
 	}
 	return nil
-}
-
-// What is known of a target's Exist Many.
-const (
-	manyUnknown = iota
-	manyThere
-	manyAbsent
-)
-
-// existMany tells whether the target has Exist Many; it asks once.
-func (k *KV) existMany(ctx context.Context) bool {
-	if k.many.Load() == manyUnknown {
-		state, err := k.askExistMany(ctx)
-		var st nvmeof.Status
-		if err != nil && !errors.As(err, &st) {
-			return false // next time again
-		}
-		k.many.Store(state)
-	}
-	return k.many.Load() == manyThere
-}
-
-// askExistMany reads the vendor log page.
-func (k *KV) askExistMany(ctx context.Context) (int32, error) {
-	c, ok := k.path.(interface {
-		LogPage(ctx context.Context, lid uint8, off uint64, b []byte) error
-	})
-	if !ok {
-		return manyAbsent, nil
-	}
-	b := make([]byte, nvmeof.VendorLogSize)
-	if err := c.LogPage(ctx, nvmeof.LogVendor, 0, b); err != nil {
-		return manyAbsent, err
-	}
-	commands, _ := nvmeof.DecodeVendorLog(b) // none if the page is another vendor's
-	for _, c := range commands {
-		if c.Opcode == nvmeof.OpExistMany && c.CSI == nvmeof.CSIKV && c.Version >= 1 && c.Limit >= nvmeof.MaxExistMany {
-			return manyThere, nil
-		}
-	}
-	return manyAbsent, nil
 }

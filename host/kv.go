@@ -13,9 +13,9 @@ import (
 
 // KV is a Key Value namespace. Keys are 1 to 16 opaque bytes, and their length is part of their identity.
 type KV struct {
-	path path
-	ns   Namespace
-	many atomic.Int32 // whether the target has Exist Many: see exist.go
+	path   path
+	ns     Namespace
+	vendor atomic.Pointer[vendor] // nil: not asked yet
 }
 
 // StoreMode is a condition on a Store.

@@ -56,9 +56,6 @@ func (v *Values) sizes(b []byte) (whole, part int64) {
 	return whole, min(whole, defaultPart)
 }
 
-// limit is how many bytes of whatever is stored one command brings to the start of b.
-func (v *Values) limit(b []byte) int64 { return bounded(v.kv.path.maxTransfer(b)) }
-
 // bounded is a limit in bytes, 0 for none, and no more than maxPart.
 func bounded(m uint64) int64 {
 	if m == 0 {
@@ -393,14 +390,16 @@ func again(read func() error) error {
 
 // first reads what a key itself holds: the value into buf, or its root.
 func (v *Values) first(ctx context.Context, key, buf []byte) (size int, r *root, err error) {
-	b := buf[:min(int64(len(buf)), v.limit(buf))]
+	b := buf
 	small := len(b) < rootHeader
 	if small {
 		b = make([]byte, rootHeader)
 	}
-	size, err = v.kv.Retrieve(ctx, key, b)
+	size, err = v.kv.fetch(ctx, key, b)
 	have := b[:min(size, len(b))]
 	switch {
+	case errors.Is(err, ErrTransferSize):
+		return 0, nil, fmt.Errorf("the value was not split: %w", err)
 	case err != nil:
 		return 0, nil, err
 	case isRoot(have) && size == len(have):
@@ -411,8 +410,6 @@ func (v *Values) first(ctx context.Context, key, buf []byte) (size int, r *root,
 			r, err = v.root(ctx, key, size)
 		}
 		return 0, r, err
-	case len(have) < min(size, len(buf)):
-		return 0, nil, fmt.Errorf("the value was not split: %w", tooLarge(min(size, len(buf)), uint64(len(have))))
 	case small:
 		copy(buf, have)
 	}
@@ -421,12 +418,11 @@ func (v *Values) first(ctx context.Context, key, buf []byte) (size int, r *root,
 
 // root reads a root of size bytes.
 func (v *Values) root(ctx context.Context, key []byte, size int) (*root, error) {
-	if limit := v.limit(nil); int64(size) > limit {
-		return nil, fmt.Errorf("the value's root: %w", tooLarge(size, uint64(limit)))
-	}
 	b := make([]byte, size)
-	n, err := v.kv.Retrieve(ctx, key, b)
+	n, err := v.kv.fetch(ctx, key, b)
 	switch {
+	case errors.Is(err, ErrTransferSize):
+		return nil, fmt.Errorf("the value's root: %w", err)
 	case err != nil:
 		return nil, err
 	case n != size || !isRoot(b):
@@ -475,17 +471,15 @@ func (v *Values) parts(ctx context.Context, r *root, buf []byte) error {
 func (v *Values) readPart(ctx context.Context, r *root, i int64, dst []byte) error {
 	n := r.length(i)
 	b := dst
-	other := int64(len(b)) < n || v.limit(b) < n
-	if other { // to be checked all of it is needed
-		b = make([]byte, n)
+	if limit := v.kv.limit(b); int64(len(b)) < n || limit < n && n <= v.kv.limit(nil) {
+		b = make([]byte, n) // to be checked all of it is needed, best in one command
 	}
-	if limit := v.limit(b); n > limit {
-		return fmt.Errorf("the value is in parts: %w", tooLarge(int(n), uint64(limit)))
-	}
-	size, err := v.kv.Retrieve(ctx, partKey(r.generation, i), b)
+	size, err := v.kv.fetch(ctx, partKey(r.generation, i), b)
 	switch {
 	case errors.Is(err, nvmeof.KeyDoesNotExist):
 		return &partError{i, "is absent"}
+	case errors.Is(err, ErrTransferSize):
+		return fmt.Errorf("the value is in parts: %w", err)
 	case err != nil:
 		return err
 	case int64(size) != n:

@@ -57,9 +57,13 @@ func holds(t *testing.T, v *Values, key, want []byte) {
 	}
 }
 
-// TestValuesPaths has each path read what any other has stored.
+// TestValuesPaths has each path read what any other has stored: by ranges, or without them if it carries that.
 func TestValuesPaths(t *testing.T) {
-	m := newMemory(0)
+	t.Run("retrieve", func(t *testing.T) { valuesPaths(t, newMemory(0)) })
+	t.Run("ranges", func(t *testing.T) { valuesPaths(t, newMemory(0).withVendor()) })
+}
+
+func valuesPaths(t *testing.T, m *memory) {
 	paths := map[string]*Values{}
 	for name, limit := range map[string]uint64{"wide": 0, "narrow": 4096, "odd": 5000} {
 		paths[name] = (&KV{path: &limited{m, limit}, ns: m.open().ns}).Values(0)
@@ -81,7 +85,7 @@ func TestValuesPaths(t *testing.T) {
 				key := fmt.Appendf(nil, "%s %d", writer, n)
 				whole := map[string]int{"wide": 1 << 30, "narrow": 4096, "odd": 5000, "asked": 4096}[writer]
 				carries := map[string]int{"wide": 1 << 30, "narrow": 4096, "odd": 5000, "asked": 1 << 30}[reader]
-				if min(n, whole) > carries {
+				if min(n, whole) > carries && m.vendor == nil {
 					if _, err := v.Retrieve(t.Context(), key, make([]byte, n)); !errors.Is(err, ErrTransferSize) {
 						t.Errorf("%s reads what %s wrote, %d: %v", reader, writer, n, err)
 					}
@@ -117,6 +121,106 @@ func TestValuesPaths(t *testing.T) {
 		}
 	}
 	onlyKeys(t, m)
+}
+
+// TestValuesRanges replaces, deletes and damages a value between the ranges in which it is read.
+func TestValuesRanges(t *testing.T) {
+	const size = 50_000
+	begin := func() (*memory, *Values) {
+		m := newMemory(0).withVendor()
+		store(t, m.open().Values(0), testKey, random(size))
+		m.limit = 4096
+		return m, m.open().Values(0)
+	}
+	read := func(v *Values) ([]byte, int, error) {
+		buf := make([]byte, size+100)
+		n, err := v.Retrieve(t.Context(), testKey, buf)
+		return buf[:min(max(n, 0), len(buf))], n, err
+	}
+	m, v := begin()
+	var ranges atomic.Int32
+	third := make(chan bool)
+	m.hook = func(op uint8, _ string) error { // the second range is not answered before the third has come
+		switch ranges.Add(1) {
+		case 2:
+			<-third
+		case 3:
+			close(third)
+		}
+		return nil
+	}
+	if b, n, err := read(v); n != size || err != nil || !bytes.Equal(b, random(size)) {
+		t.Errorf("%d bytes, %v", n, err)
+	}
+	// after has f run once, after some ranges.
+	after := func(m *memory, ranges int, f func()) {
+		m.hook = func(op uint8, _ string) error {
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			if ranges--; op == nvmeof.OpRetrieveRange && ranges == 0 {
+				f()
+			}
+			return nil
+		}
+	}
+	for _, ranges := range []int{2, 5, 13} {
+		for _, now := range []int{size, 10, 2 * size} {
+			m, v := begin()
+			after(m, ranges, func() { m.kv["key"], m.tags["key"] = random(now + 1)[1:], 99 })
+			if b, n, err := read(v); n != now || err != nil || !bytes.Equal(b, random(now + 1)[1:][:len(b)]) {
+				t.Errorf("replaced by %d bytes after %d ranges: %d, %v", now, ranges, n, err)
+			}
+		}
+		m, v := begin()
+		after(m, ranges, func() { delete(m.kv, "key") })
+		if _, _, err := read(v); !errors.Is(err, nvmeof.KeyDoesNotExist) {
+			t.Errorf("deleted after %d ranges: %v", ranges, err)
+		}
+		m, v = begin()
+		after(m, ranges, func() { m.kv["key"] = random(size - 1) }) // with the same tag
+		if _, _, err := read(v); !errors.Is(err, ErrProtocol) {
+			t.Errorf("of another size after %d ranges: %v", ranges, err)
+		}
+		m, v = begin()
+		after(m, ranges, func() { m.vendor = nil }) // another target, which does not know the command
+		if _, _, err := read(v); !errors.Is(err, ErrTransferSize) {
+			t.Errorf("without the command after %d ranges: %v", ranges, err)
+		}
+	}
+	m, v = begin()
+	m.hook = func(op uint8, _ string) error {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if op == nvmeof.OpRetrieveRange {
+			m.tags["key"]++
+		}
+		return nil
+	}
+	if _, _, err := read(v); err != ErrReplaced {
+		t.Errorf("replaced again and again: %v", err)
+	}
+	m, v = begin()
+	m.tags["key"] = 0
+	if _, _, err := read(v); !errors.Is(err, ErrProtocol) {
+		t.Errorf("without a tag: %v", err)
+	}
+	for _, offset := range []int64{-4, 1, 1 << 32} {
+		if _, _, err := v.KV().RetrieveRange(t.Context(), testKey, make([]byte, 8), offset, 0); !errors.Is(err, nvmeof.InvalidField) {
+			t.Errorf("offset %d: %v", offset, err)
+		}
+	}
+}
+
+func TestRangeEnd(t *testing.T) {
+	for _, x := range []struct{ limit, from, granularity, want int64 }{
+		{4096, 0, 1024, 4096}, {5000, 0, 1024, 4096}, {5000, 4096, 1024, 8192}, {1000, 0, 1024, 1000}, {1002, 0, 1024, 1000},
+		{1000, 1000, 1024, 1024}, {4096, 7000, 1024, 10240}, {4096, 96_000, 1024, 100_000}, {4096, 0, 4, 4096},
+	} {
+		k := newMemory(uint64(x.limit)).open()
+		if got := k.rangeEnd(make([]byte, 100_000), x.from, x.granularity); got != x.want {
+			t.Errorf("%+v: %d", x, got)
+		}
+	}
 }
 
 // limited is a narrower path to a memory.
