@@ -44,3 +44,17 @@ attach $disks $io 1
 [ "$(controllers $disks | wc -l)" = 2 ]
 [ "$(for c in $(controllers $disks); do cat "/sys/class/nvme/$c/cntlid"; done | sort -u | wc -l)" = 2 ]
 moves
+
+[ $transport = rdma ] || exit 0
+it 'counters: the target copies no payload, and registers no memory for commands'
+counters() { status | jq -c '[.copied, .fabrics[].registrations]'; }
+before=$(counters)
+fio --name=large --filename="$disk" --direct=1 --ioengine=io_uring --iodepth=8 --rw=randwrite --bsrange=8k-1m --size=16m \
+	--verify=crc32c --verify_fatal=1 --output=fio.log # smaller ones come in the capsule
+store 5555 value
+answers 0
+retrieve 5555 $largest
+answers 0 $largest
+same out value
+echo "copied, registrations: $before"
+[ "$(counters)" = "$before" ]

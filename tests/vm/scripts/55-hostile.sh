@@ -13,7 +13,7 @@ answers 0
 asks() {
 	local n private=
 	for n; do private+=$(printf '%02x%02x' $((n & 255)) $((n >> 8))); done
-	/vm/helper rdma-connect $ip:$io "$private$(printf '%048d' 0)"
+	/vm/helper rdma-connect $ip:$io "$private$(printf '%048d' 0)" ${reads:-1}
 }
 
 it 'a connection is accepted with the queue that it asks for, or refused with the status that says why'
@@ -24,6 +24,11 @@ it 'a connection is accepted with the queue that it asks for, or refused with th
 [ "$(asks 0 0 128 4095)" = 'refused 4' ]  # an admin queue
 [ "$(asks 0 1 128 0)" = 'refused 4' ]
 [ "$(asks 0 0 0 31)" = 'refused 5' ]
+if [ $soft = siw ]; then
+	[ "$(/vm/helper rdma-connect $ip:$io 0000 1)" = 'refused 1' ] # too short; InfiniBand pads it
+else
+	[ "$(reads=0 asks 0 0 32 31)" = 'refused 7' ] # nothing can be fetched; iWARP does not always tell
+fi
 
 it 'a wrong key ends the connection it came by, and no other'
 fio --name=verify --filename="$disk" --direct=1 --ioengine=io_uring --iodepth=8 --rw=randwrite --bs=16k --size=8m --rate=1m \

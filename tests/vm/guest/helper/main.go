@@ -5,7 +5,7 @@
 //	    FILE holds, or gets, the LENGTH bytes of data, by the direction in the opcode
 //	helper engine DEVICE read|write SIZE DEPTH SECONDS [block] [poll] [whole]
 //	    measures kvof's engine on a drive; see engine
-//	helper rdma-connect HOST:PORT PRIVATE_DATA
+//	helper rdma-connect HOST:PORT PRIVATE_DATA READS
 //	    asks for an RDMA connection with private data, in hexadecimal, and prints "accepted CRQSIZE" or "refused STATUS"
 //	helper rdma-wrong-key HOST:PORT N
 //	    N times, sends a Connect whose data has a key that was never given out, and waits for the connection's end

@@ -15,8 +15,9 @@ import (
 	"github.com/kvof/kvof/rdma"
 )
 
-// dial opens a queue pair to HOST:PORT with this private data, and room for one command and its response.
-func dial(peer string, private []byte) (id rdma.ID, qp rdma.QP, ch rdma.Channel, answer rdma.ConnParam, err error) {
+// dial opens a queue pair to HOST:PORT with this private data, and room for one command and its response. It answers so many RDMA READs
+// at a time.
+func dial(peer string, private []byte, reads uint8) (id rdma.ID, qp rdma.QP, ch rdma.Channel, answer rdma.ConnParam, err error) {
 	addr, err := netip.ParseAddrPort(peer)
 	if err != nil {
 		return
@@ -40,20 +41,24 @@ func dial(peer string, private []byte) (id rdma.ID, qp rdma.QP, ch rdma.Channel,
 	if qp, err = id.CreateQP(rdma.QPAttr{SendCQ: cq, RecvCQ: cq, RecvDepth: 32, SendDepth: 32, SendSGE: 1}); err != nil {
 		return
 	}
-	answer, err = id.Connect(ctx, rdma.ConnParam{Private: private, InitiatorDepth: 1, ResponderResources: 1})
+	answer, err = id.Connect(ctx, rdma.ConnParam{Private: private, InitiatorDepth: 1, ResponderResources: reads})
 	return
 }
 
 // rdmaConnect prints "accepted CRQSIZE", or "refused STATUS" with the status in the private data of the refusal.
 func rdmaConnect(args []string) error {
-	if len(args) != 2 {
-		return errors.New("rdma-connect takes HOST:PORT and private data in hexadecimal")
+	if len(args) != 3 {
+		return errors.New("rdma-connect takes HOST:PORT, private data in hexadecimal, and the RDMA READs that are answered at a time")
 	}
 	private, err := hex.DecodeString(args[1])
 	if err != nil {
 		return err
 	}
-	_, _, _, answer, err := dial(args[0], private)
+	reads, err := strconv.ParseUint(args[2], 10, 8)
+	if err != nil {
+		return err
+	}
+	_, _, _, answer, err := dial(args[0], private, uint8(reads))
 	if refused := (*rdma.RejectedError)(nil); errors.As(err, &refused) {
 		fmt.Println("refused", uint16(nvmeof.DecodeRDMAReject(refused.Private)))
 		return nil
@@ -87,7 +92,7 @@ func rdmaWrongKey(args []string) error {
 func wrongKey(peer string) error {
 	private := make([]byte, nvmeof.RDMARequestSize)
 	(&nvmeof.RDMARequest{HRQSIZE: 32, HSQSIZE: 31}).Encode(private)
-	id, qp, ch, _, err := dial(peer, private)
+	id, qp, ch, _, err := dial(peer, private, 1)
 	if err != nil {
 		return err
 	}
