@@ -710,7 +710,7 @@ func FuzzSummary(f *testing.F) {
 			}
 		}
 		for _, r := range rs {
-			if !buryIn(b, 9, 7, uint32((r.off-dataStart)/block)) {
+			if !amendIn(b, 9, 7, uint32((r.off-dataStart)/block), func(e []byte) { e[42] = byte(recordDead) }) {
 				t.Fatal("cannot bury what is there")
 			}
 		}

@@ -91,6 +91,7 @@ func TestFaults(t *testing.T) {
 // tally is what happened in runs, to show that something did.
 type tally struct {
 	cuts, stores, found, deletes, flushes int
+	pins                                  int // found again after a cut
 	lost                                  int // values gone by damage
 	missing                               int // values gone for room, or never kept
 	faults                                uringtest.Count
@@ -103,6 +104,7 @@ func (s *tally) add(o tally) {
 	s.found += o.found
 	s.deletes += o.deletes
 	s.flushes += o.flushes
+	s.pins += o.pins
 	s.lost += o.lost
 	s.faults.Errors += o.faults.Errors
 	s.faults.Flips += o.faults.Flips
@@ -125,7 +127,7 @@ func room(o kvlayer.Stats) int { return int(o.Evictions[0] + o.NotAdmitted) }
 func (s *tally) check(t *testing.T, c trouble) {
 	r := c.rates
 	switch {
-	case s.cuts == 0 || s.stores == 0 || s.found == 0 || s.deletes == 0 || s.flushes == 0 || s.missing == 0 || s.stats.Reclaimed == 0 || s.stats.Moved == 0:
+	case s.cuts == 0 || s.stores == 0 || s.found == 0 || s.deletes == 0 || s.flushes == 0 || s.pins == 0 || s.missing == 0 || s.stats.Reclaimed == 0 || s.stats.Moved == 0:
 		t.Error("something never happened")
 	case (r.ReadError+r.WriteError+r.FlushError > 0 || r.Space > 0) && s.faults.Errors == 0:
 		t.Error("no op failed")
@@ -143,6 +145,7 @@ type fate struct {
 	doubt []uint64 // may be instead, as operations were cut off or failed
 	since []uint64 // what it was since the last flush
 	loose bool     // the power went while a change of it was not flushed: it may be lost
+	pin   bool     // it was pinned, for sure
 }
 
 // faultRun is one seed's run.
@@ -304,7 +307,9 @@ func (r *faultRun) use() {
 	var ids [3]uint64
 	for step := 0; !r.dev.Off() && step < 300; step++ {
 		i, k := r.rnd.IntN(len(w)), r.rnd.IntN(len(r.keys))
-		switch n := r.rnd.IntN(20); {
+		switch n := r.rnd.IntN(21); {
+		case n == 20:
+			r.pin(k)
 		case n == 0:
 			r.flush()
 		case n < 3:
@@ -399,6 +404,21 @@ func (r *faultRun) delete(k int) {
 	}
 }
 
+// pin pins a key, or unpins it.
+func (r *faultRun) pin(k int) {
+	f := &r.keys[k]
+	on := !f.pin && r.rnd.IntN(2) == 0
+	f.pin = false
+	switch err := r.s.Pin(faultKey(k), on); {
+	case err == nil:
+		f.pin = on && !r.dev.Off()
+	case !errors.Is(err, kvlayer.ErrNotFound):
+		r.failed("pin", err)
+	case f.now != 0 && !slices.Contains(f.doubt, 0) && !r.dev.Off():
+		r.gone(k, err)
+	}
+}
+
 func (r *faultRun) flush() {
 	if err := r.s.Flush(); err != nil || r.dev.Off() {
 		r.failed("flush", err)
@@ -461,7 +481,7 @@ func (r *faultRun) set(f *fate, id uint64) {
 	default:
 		f.doubt = nil
 	}
-	f.now, f.loose = id, false
+	f.now, f.loose, f.pin = id, false, false
 	if r.o.Flushed {
 		f.since = f.since[:0]
 	}
@@ -471,6 +491,7 @@ func (r *faultRun) set(f *fate, id uint64) {
 // settle notes what a key has of all that it may have. With damage the rest may show again: a recovery that could
 // not read something forgets what the next one finds.
 func (r *faultRun) settle(f *fate, id uint64) {
+	f.pin = f.pin && id == f.now
 	if !r.damages() && !r.dev.Off() {
 		f.now, f.doubt = id, nil
 	}
@@ -483,7 +504,7 @@ func (r *faultRun) gone(k int, err error) {
 	case r.damaged() || f.loose:
 		r.lost++
 		f.doubt = append(f.doubt, 0)
-	case r.o.Eviction != kvlayer.EvictNever && errors.Is(err, kvlayer.ErrNotFound):
+	case r.o.Eviction != kvlayer.EvictNever && !f.pin && errors.Is(err, kvlayer.ErrNotFound):
 		r.missing++
 		if f.now, f.doubt = 0, nil; r.power {
 			f.since = append(f.since, 0)
@@ -500,7 +521,19 @@ func (r *faultRun) check() {
 		listed[k] = size
 		return true
 	})
+	pinned := map[kvlayer.Key]bool{}
+	r.s.Pinned(func(k kvlayer.Key, _ int64) bool {
+		pinned[k] = true
+		return true
+	})
 	for k := range r.keys {
+		if f := &r.keys[k]; f.pin && pinned[faultKey(k)] {
+			r.pins++
+		} else if f.pin && !r.power && !r.damages() && len(f.doubt) == 0 {
+			r.Errorf("key %d is not pinned any more", k)
+		} else {
+			f.pin = false
+		}
 		size, ok := r.s.Exist(faultKey(k))
 		n, was := listed[faultKey(k)]
 		if evicted := was && !ok && r.o.Eviction != kvlayer.EvictNever; (was != ok || n != size) && !evicted {

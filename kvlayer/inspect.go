@@ -47,6 +47,7 @@ type InspectedSegment struct {
 type InspectedRecord struct {
 	Key    string    `json:"key"` // hexadecimal
 	Part   int       `json:"part,omitempty"`
+	Pinned bool      `json:"pinned,omitempty"`
 	Size   int64     `json:"size"`   // bytes of the whole value
 	Offset int64     `json:"offset"` // bytes, on the device
 	Seq    uint64    `json:"seq"`
@@ -133,7 +134,7 @@ func (g *segment) inspect(op *uring.Op, buf []byte, verify bool) (InspectedSegme
 		n := partSize(r.size, r.part, p.super.extent)
 		s.Live++
 		s.LiveBytes += span(n)
-		l := InspectedRecord{Key: r.key.String(), Part: r.part, Size: r.size, Offset: r.off, Seq: r.seq,
+		l := InspectedRecord{Key: r.key.String(), Part: r.part, Pinned: r.pinned, Size: r.size, Offset: r.off, Seq: r.seq,
 			Stored: time.Unix(seqEpoch+int64(r.seq>>20), 0).UTC(), From: r.from}
 		if verify {
 			if l.Damage, err = d.check(op, buf, r, n); err != nil {
@@ -159,7 +160,7 @@ func (d *device) check(op *uring.Op, buf []byte, want record, n int64) (damage s
 		return "", err
 	}
 	r, ok := parseRecord(b, p.super.seed, p.super.extent)
-	r.from = want.from // an adopted copy no longer says that it is one
+	r.from, r.pinned = want.from, want.pinned // an adopted copy no longer says that it is one; a crash may have ended a Pin half-way
 	if !ok || r != want {
 		return "header", nil
 	}

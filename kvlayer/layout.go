@@ -198,14 +198,23 @@ const (
 // record is the fixed part of a record header. A live one is followed, in the
 // same block, by the XXH3-64 checksums of the pieces of its part of the value.
 type record struct {
-	kind recordKind
-	part int
-	key  Key
-	off  int64  // the header's own byte offset on the device
-	gen  uint64 // the segment's
-	seq  uint64 // of two live records of a key the higher counts
-	from uint64 // the generation of the segment it was copied from, while which is in use it does not count; 0: none
-	size int64  // of the whole value, bytes
+	kind   recordKind
+	pinned bool // part 0 of a value that is not to be evicted
+	part   int
+	key    Key
+	off    int64  // the header's own byte offset on the device
+	gen    uint64 // the segment's
+	seq    uint64 // of two live records of a key the higher counts
+	from   uint64 // the generation of the segment it was copied from, while which is in use it does not count; 0: none
+	size   int64  // of the whole value, bytes
+}
+
+// flags are the byte of a header and of a summary's entry that says whether a value is pinned.
+func (r *record) flags() byte {
+	if r.pinned {
+		return 1
+	}
+	return 0
 }
 
 // partSize is the length of one part of a value of size bytes.
@@ -224,7 +233,7 @@ func roundUp(n int64) int64 { return (n + block - 1) &^ (block - 1) }
 func putRecord(b []byte, seed uint64, r record, sums []uint64) {
 	clear(b)
 	copy(b[8:], recordMagic[:])
-	b[16], b[17], b[18] = byte(r.kind), r.key.n, byte(r.part)
+	b[16], b[17], b[18], b[19] = byte(r.kind), r.key.n, byte(r.part), r.flags()
 	le.PutUint32(b[20:], uint32(r.size))
 	copy(b[24:], r.key.b[:])
 	le.PutUint64(b[40:], uint64(r.off))
@@ -245,14 +254,15 @@ func parseRecord(b []byte, seed uint64, extent int64) (record, bool) {
 		return record{}, false
 	}
 	r := record{
-		kind: recordKind(b[16]),
-		part: int(b[18]),
-		key:  Key{b: [MaxKey]byte(b[24:40]), n: b[17]},
-		off:  int64(le.Uint64(b[40:])),
-		gen:  le.Uint64(b[48:]),
-		seq:  le.Uint64(b[56:]),
-		from: le.Uint64(b[64:]),
-		size: int64(le.Uint32(b[20:])),
+		kind:   recordKind(b[16]),
+		pinned: b[19]&1 != 0,
+		part:   int(b[18]),
+		key:    Key{b: [MaxKey]byte(b[24:40]), n: b[17]},
+		off:    int64(le.Uint64(b[40:])),
+		gen:    le.Uint64(b[48:]),
+		seq:    le.Uint64(b[56:]),
+		from:   le.Uint64(b[64:]),
+		size:   int64(le.Uint32(b[20:])),
 	}
 	if !r.valid(extent) {
 		return record{}, false
@@ -305,7 +315,7 @@ func putSummary(b []byte, seed, gen uint64, i int, tail, off int64, rs []record)
 		le.PutUint64(e[24:], r.from)
 		le.PutUint32(e[32:], uint32(r.size))
 		le.PutUint32(e[36:], uint32((r.off-off)/block))
-		e[40], e[41], e[42] = r.key.n, byte(r.part), byte(r.kind)
+		e[40], e[41], e[42], e[43] = r.key.n, byte(r.part), byte(r.kind), r.flags()
 	}
 	sealStruct(b[:block], seed)
 	return len(rs)
@@ -331,14 +341,15 @@ func parseSummary(rs []record, b []byte, seed, gen uint64, off, size, extent int
 	for j := range n {
 		e := b[summaryHead+j*summaryEntry:]
 		r := record{
-			kind: recordKind(e[42]),
-			part: int(e[41]),
-			key:  Key{b: [MaxKey]byte(e[:16]), n: e[40]},
-			off:  off + int64(le.Uint32(e[36:]))*block,
-			gen:  gen,
-			seq:  le.Uint64(e[16:]),
-			from: le.Uint64(e[24:]),
-			size: int64(le.Uint32(e[32:])),
+			kind:   recordKind(e[42]),
+			pinned: e[43]&1 != 0,
+			part:   int(e[41]),
+			key:    Key{b: [MaxKey]byte(e[:16]), n: e[40]},
+			off:    off + int64(le.Uint32(e[36:]))*block,
+			gen:    gen,
+			seq:    le.Uint64(e[16:]),
+			from:   le.Uint64(e[24:]),
+			size:   int64(le.Uint32(e[32:])),
 		}
 		if !r.valid(extent) || r.off < off+block || r.off+span(partSize(r.size, r.part, extent)) > off+h.tail {
 			return summary{}, rs, false

@@ -260,35 +260,65 @@ func TestEviction(t *testing.T) {
 	}
 }
 
+// TestPin keeps values through floods and crashes: one whose segment is sealed by then, one whose is not,
+// and one in parts.
 func TestPin(t *testing.T) {
-	s := open(t, newDisk(8*mib), newArena(t), Options{Eviction: EvictFIFO})
-	for i := range 5 {
-		mustPut(t, s, key(i), value(uint64(i), 50_000))
-	}
-	if err := s.Pin(key(3), true); err != nil {
-		t.Fatal(err)
-	}
+	d, a, o := newDisk(8*mib), newArena(t), Options{Eviction: EvictFIFO}
+	s := open(t, d, a, o)
+	defer func() { s.Close() }()
 	flood := func() {
 		for i := range 400 {
 			mustPut(t, s, key(100+i), value(1, 50_000))
 		}
 	}
+	size := func(i int) int { return 50_000 + i/4*900_000 }
+	for i := range 5 {
+		mustPut(t, s, key(i), value(uint64(i), size(i)))
+	}
+	if n := len(s.index.all(nil, key(4))); n < 2 {
+		t.Fatalf("%d parts", n)
+	}
+	pin := func(on bool, keys ...int) {
+		t.Helper()
+		for _, i := range keys {
+			if err := s.Pin(key(i), on); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	pin(true, 3)
+	mem := d.clone(0, d.Size())
+	s.Close()
+	d.mem = mem // nothing has been closed
+	s = open(t, d, a, o)
+	for i := range 40 {
+		mustPut(t, s, key(50+i), value(1, 50_000))
+	}
+	pin(true, 4, 4)
+	for range 2 {
+		flood()
+		mustGet(t, s, key(3), value(3, size(3)))
+		mustGet(t, s, key(4), value(4, size(4)))
+		if _, ok := s.Exist(key(2)); ok {
+			t.Fatal("nothing was evicted")
+		}
+		var pinned []Key
+		s.Pinned(func(k Key, _ int64) bool { pinned = append(pinned, k); return true })
+		if !slices.Equal(pinned, []Key{key(3), key(4)}) {
+			t.Fatal(pinned)
+		}
+		s.Close()
+		s = open(t, d, a, o)
+	}
+	pin(false, 3)
+	mustPut(t, s, key(4), value(4, size(4)))
+	s.Close()
+	s = open(t, d, a, o)
 	flood()
-	mustGet(t, s, key(3), value(3, 50_000))
-	if _, ok := s.Exist(key(2)); ok {
-		t.Fatal("nothing was evicted")
-	}
-	var pinned []Key
-	s.Pinned(func(k Key, _ int64) bool { pinned = append(pinned, k); return true })
-	if !slices.Equal(pinned, []Key{key(3)}) {
-		t.Fatal(pinned)
-	}
-	if err := s.Pin(key(3), false); err != nil {
-		t.Fatal(err)
-	}
-	flood()
-	if _, ok := s.Exist(key(3)); ok {
-		t.Fatal("still there")
+	for _, k := range []int{3, 4} {
+		if _, ok := s.Exist(key(k)); ok {
+			t.Fatalf("key %d is still there", k)
+		}
 	}
 	if err := s.Pin(key(3), true); !errors.Is(err, ErrNotFound) {
 		t.Fatal(err)

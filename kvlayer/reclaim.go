@@ -31,6 +31,9 @@ func (d *device) reclaimOne(asks uint64) bool {
 		s.c.cleaned.Add(1)
 		return true
 	}
+	if err == errChanged {
+		return true
+	}
 	if !errors.Is(err, errFull) && !errors.Is(err, ErrClosed) {
 		p.log.Error("cannot reclaim a segment", "member", d.member, "offset", g.off, "error", err)
 	}
@@ -159,13 +162,21 @@ func (d *device) retireOpen(s *Store) (some bool) {
 
 // move is a record on its way out of a segment being reclaimed.
 type move struct {
-	e  entry
-	to place
+	e      entry
+	to     place
+	pinned bool // as the copy says
 }
 
 // dead is what is to lie in the copy's place when it is given up.
 func (m *move) dead(from uint64) record {
 	return record{kind: recordDead, part: m.e.part(), key: m.e.key(), off: m.to.off, gen: m.to.gen, seq: m.e.seq(), from: from, size: m.e.size()}
+}
+
+// setPinned has a copy say what the original says by now.
+func (m *move) setPinned(sl *slot, on bool) error {
+	m.to.seg.meta.Lock()
+	defer m.to.seg.meta.Unlock()
+	return m.to.seg.setPinned(sl, m.e, m.to.off, on)
 }
 
 // cancel gives up a copy from the segment of a generation: no recovery may take it for a value.
@@ -226,7 +237,8 @@ func (d *device) reclaim(g *segment, s *Store, o Options, all bool) (err error) 
 			c = d.hot()
 		}
 		if n := s.span(e); keep || all {
-			if all || e.pinned() || n <= budget {
+			all := all || s.pinned(e)
+			if all || n <= budget {
 				m, err := d.copyOut(sl, g, s, e, c)
 				switch {
 				case err == nil:
@@ -262,10 +274,20 @@ func (d *device) reclaim(g *segment, s *Store, o Options, all bool) (err error) 
 
 	g.meta.Lock()
 	defer g.meta.Unlock()
+	for _, v := range evicted { // Pin waits for meta, and then looks whether the value is still there
+		if (v.why == reasonCapacity || v.why == reasonExpired) && s.pinned(v.e) {
+			return errChanged
+		}
+	}
 	canceled := false
 	for i := 0; i < len(moves); {
 		m := moves[i]
 		if now, ok := s.index.get(m.e.key(), m.e.part(), 0); ok && now.same(m.e) {
+			if now.pinned() != m.pinned {
+				if err := m.setPinned(sl, now.pinned()); err != nil {
+					return err
+				}
+			}
 			i++
 			continue
 		}
@@ -342,7 +364,7 @@ func (s *Store) keeps(e entry, o Options, g *segment) (class, bool) {
 		}
 	}
 	switch {
-	case head.pinned():
+	case s.pinned(e):
 		return classHot, true
 	case o.TTL > 0 && age(e.seq()) > o.TTL:
 		return c, false
@@ -357,6 +379,12 @@ func (s *Store) keeps(e entry, o Options, g *segment) (class, bool) {
 		return classHot, head.touches() > 0
 	}
 	return c, o.Eviction == EvictNever
+}
+
+// pinned tells that the value that e is a part of is pinned, as its first part says.
+func (s *Store) pinned(e entry) bool {
+	head, ok := s.index.get(e.key(), 0, 0)
+	return ok && head.seq() == e.seq() && head.pinned()
 }
 
 // unlisted adds to evicted what the index has in g and its records did not show: a
@@ -403,7 +431,7 @@ func (d *device) copyOut(sl *slot, g *segment, s *Store, e entry, c class) (m mo
 		}
 	}
 	_, from := p.segmentOf(e.block())
-	written, err := d.copyRecord(sl, g, m.to, e, from, n)
+	written, err := d.copyRecord(sl, g, &m, from, n)
 	if err != nil {
 		if written {
 			s.strays.add(m.to.seg, m.dead(g.gen))
@@ -417,8 +445,8 @@ func (d *device) copyOut(sl *slot, g *segment, s *Store, e entry, c class) (m mo
 
 // copyRecord copies the value's data as it is, its checksums go with it, and then its header. written tells that a header may
 // lie there, whatever the error.
-func (d *device) copyRecord(sl *slot, g *segment, to place, e entry, from, n int64) (written bool, err error) {
-	p := d.p
+func (d *device) copyRecord(sl *slot, g *segment, m *move, from, n int64) (written bool, err error) {
+	p, e, to := d.p, m.e, m.to
 	for at := int64(block); at < n; {
 		step := min(n-at, max(uring.LargeBuf, int64(len(d.copy.Data))))
 		b, err := d.read(&sl.op, d.copy.Data, from+at, step)
@@ -443,6 +471,7 @@ func (d *device) copyRecord(sl *slot, g *segment, to place, e entry, from, n int
 		return false, err
 	}
 	r.off, r.gen, r.from = to.off, to.gen, g.gen
+	m.pinned = r.pinned
 	if err := to.seg.writeRecord(sl, r, sums); err != nil {
 		return true, err
 	}

@@ -386,6 +386,9 @@ func (r *recovery) readRecords(g *segment, op *uring.Op, buf []byte) error {
 func (r *recovery) add(g *segment, rec *record) {
 	s := g.store
 	e := makeEntry(rec.key, rec.part, rec.seq, rec.size, g.base+(rec.off-g.off)/block)
+	if rec.pinned {
+		e.meta |= entryPinned
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.seq = max(r.seq, rec.seq)

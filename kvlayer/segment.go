@@ -265,6 +265,40 @@ func (g *segment) writeDead(sl *slot, e entry, off int64) error {
 // strike marks the record at off dead in g's summary, and in what becomes of it. Under g.meta.
 func (g *segment) strike(sl *slot, off int64) error {
 	g.log = slices.DeleteFunc(g.log, func(r record) bool { return r.off == off })
+	return g.amend(sl, off, func(entry []byte) { entry[42] = byte(recordDead) })
+}
+
+// setPinned has the live record of e, at off, say that its value is pinned or not. Under g.meta, and unless it is a copy that
+// nobody knows yet, under the key's stripe.
+func (g *segment) setPinned(sl *slot, e entry, off int64, on bool) error {
+	d, p := g.dev, g.dev.p
+	b, err := d.read(&sl.op, sl.mem, off, block)
+	if err != nil {
+		return err
+	}
+	r, ok := parseRecord(b, p.super.seed, p.super.extent)
+	switch {
+	case ok && r.was(e):
+		return ErrNotFound
+	case !ok || r.off != off || r.gen != g.gen || !r.is(e):
+		return fmt.Errorf("%w: %v: header", ErrCorrupt, e.key())
+	}
+	r.pinned = on
+	b[19] = r.flags()
+	sealStruct(b[:recordLen], p.super.seed)
+	if err := d.write(&sl.op, off, b); err != nil {
+		return err
+	}
+	for i := range g.log {
+		if g.log[i].off == off {
+			g.log[i].pinned = on
+		}
+	}
+	return g.amend(sl, off, func(entry []byte) { entry[43] = r.flags() })
+}
+
+// amend changes the entry of the record at off in g's summary, if there is one. Under g.meta.
+func (g *segment) amend(sl *slot, off int64, change func(entry []byte)) error {
 	if g.fence == nil {
 		return nil
 	}
@@ -276,7 +310,7 @@ func (g *segment) strike(sl *slot, off int64) error {
 	}
 	soff := g.off + p.super.segSize - int64(i+1)*block
 	b, err := d.read(&sl.op, sl.mem, soff, block)
-	if errors.Is(err, uring.ErrMedia) || err == nil && !buryIn(b, p.super.seed, g.gen, at) {
+	if errors.Is(err, uring.ErrMedia) || err == nil && !amendIn(b, p.super.seed, g.gen, at, change) {
 		clear(b[:block]) // it may be whole the next time it is read: recovery is to read the headers, always
 	} else if err != nil {
 		return err
@@ -284,14 +318,14 @@ func (g *segment) strike(sl *slot, off int64) error {
 	return d.write(&sl.op, soff, b)
 }
 
-// buryIn marks the record that lies at block at of its segment dead in a summary's block.
-func buryIn(b []byte, seed, gen uint64, at uint32) bool {
+// amendIn changes the entry of the record that lies at block at of its segment in a summary's block; false if that is damaged.
+func amendIn(b []byte, seed, gen uint64, at uint32, change func(entry []byte)) bool {
 	if !intact(b[:block], &summaryMagic, seed) || le.Uint64(b[16:]) != gen {
 		return false
 	}
 	for j := range min(le.Uint32(b[32:]), perSummary) {
 		if e := b[summaryHead+j*summaryEntry:]; le.Uint32(e[36:]) == at {
-			e[42] = byte(recordDead)
+			change(e[:summaryEntry])
 			sealStruct(b[:block], seed)
 			return true
 		}

@@ -318,22 +318,71 @@ func (s *Store) List(from Key, yield func(Key, int64) bool) {
 	s.index.ascend(from, func(e entry) bool { return s.expired(e) || yield(e.key(), e.size()) })
 }
 
-// Pin keeps k's value from being evicted until it is unpinned, replaced or deleted,
-// or the store is opened again. ErrNotFound if there is none.
+// Pin keeps k's value from being evicted until it is unpinned, replaced or deleted, also
+// after a crash: a pin is as durable as a Store. ErrNotFound if there is no value.
 func (s *Store) Pin(k Key, on bool) error {
+	sl, err := s.p.slot()
+	if err != nil {
+		return err
+	}
+	defer s.p.putSlot(sl)
+	lock := s.stripe(k)
+	lock.Lock()
+	defer lock.Unlock()
 	for {
 		e, ok := s.lookup(k, 0)
-		if !ok {
+		switch {
+		case !ok:
 			return ErrNotFound
+		case e.pinned() == on:
+			return nil
 		}
-		if s.index.update(e, func(e *entry) {
+		if g, err := s.setPinned(sl, e, on); err == errChanged {
+			continue // it moved
+		} else if err != nil {
+			return fmt.Errorf("kvlayer: pin %v: %w", k, err)
+		} else if s.o.Flushed {
+			if err := g.dev.sync(); err != nil {
+				return err
+			}
+		}
+		// Its other parts may have been on their way out.
+		for _, e := range s.index.all(nil, k) {
+			g, _ := s.p.segmentOf(e.block())
+			g.meta.Lock() // who held it has evicted the value, or will see the pin
+			_, ok := s.lookup(k, 0)
+			g.meta.Unlock()
+			if !ok {
+				return ErrNotFound
+			}
+		}
+		return nil
+	}
+}
+
+// setPinned pins the value of e, its first part, in the index and on the device.
+func (s *Store) setPinned(sl *slot, e entry, on bool) (*segment, error) {
+	set := func(on bool) bool {
+		return s.index.update(e, func(e *entry) {
 			if e.meta &^= entryPinned; on {
 				e.meta |= entryPinned
 			}
-		}) {
-			return nil
-		}
+		})
 	}
+	g, off := s.p.segmentOf(e.block())
+	g.meta.Lock()
+	defer g.meta.Unlock()
+	if g.dev.lost.Load() {
+		return g, ErrNotFound
+	}
+	if !set(on) {
+		return g, errChanged
+	}
+	err := g.setPinned(sl, e, off, on)
+	if err != nil {
+		set(!on)
+	}
+	return g, err
 }
 
 // Pinned calls yield with the keys that are pinned, until it returns false.

@@ -20,7 +20,7 @@ func newPinCommand() *cobra.Command {
 	return newPinningCommand(http.MethodPut, "pinned", &cobra.Command{
 		Use:   "pin KEY...",
 		Short: "Keep keys of a server on this machine from being evicted",
-		Long: "Keep the values of keys from being evicted, until they are unpinned, replaced or deleted, or the server starts again.\n" +
+		Long: "Keep the values of keys from being evicted, until they are unpinned, replaced or deleted.\n" +
 			"It asks the server on this machine, through its management socket.",
 	})
 }
