@@ -360,6 +360,14 @@ func (r *recovery) readRecords(g *segment, op *uring.Op, buf []byte) error {
 			}
 			g.fence = append(g.fence, at)
 		}
+		for i := range rs {
+			if rs[i].kind == recordDead {
+				if g.unsure == nil {
+					g.unsure = make([]bool, len(g.fence))
+				}
+				g.unsure[i/perSummary] = true
+			}
+		}
 	} else {
 		if rs = nil; err != nil {
 			r.mu.Lock()

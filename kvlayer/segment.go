@@ -47,9 +47,10 @@ type segment struct {
 
 	// meta keeps headers and summary as they are: held, across I/O, by who seals or frees the
 	// segment, or marks a record dead in it until the index has forgotten that record.
-	meta  sync.Mutex
-	log   []record // open and full: what is committed, under meta
-	fence []uint32 // where the first record of each of the summary's blocks lies, in blocks; nil: none was written
+	meta   sync.Mutex
+	log    []record // open and full: what is committed, under meta
+	fence  []uint32 // where the first record of each of the summary's blocks lies, in blocks; nil: none was written
+	unsure []bool   // blocks of a summary found at the start that show dead records, whose headers may not; nil: none
 
 	// Under Pool.mu:
 	state   segmentState
@@ -182,7 +183,7 @@ func (d *device) advance(sl *slot, s *Store, c class, n int64, reclaiming bool) 
 		d.retire(old)
 	}
 	s.hold(c, p.super.segSize)
-	g.state, g.log, g.fence = segmentOpen, g.log[:0], nil
+	g.state, g.log, g.fence, g.unsure = segmentOpen, g.log[:0], nil, nil
 	d.open[s.tenant][c] = g
 	return nil
 }
@@ -227,7 +228,7 @@ func (g *segment) seal(op *uring.Op) error {
 		}
 	}
 	off := g.off + p.super.segSize - int64(len(b))
-	g.fence = fence // also should the write fail: a recovery may find it whole
+	g.fence, g.unsure = fence, nil // also should the write fail: a recovery may find it whole
 	if p.mem {
 		copy(d.View(off, int64(len(b))), b)
 	} else if err := d.transfer(op, uring.OpWrite, off, b); err != nil {
@@ -309,6 +310,12 @@ func (g *segment) amend(sl *slot, off int64, change func(entry []byte)) error {
 		i = max(0, i-1)
 	}
 	soff := g.off + p.super.segSize - int64(i+1)*block
+	if g.unsure != nil && g.unsure[i] {
+		if err := g.assure(sl, soff); err != nil {
+			return err
+		}
+		g.unsure[i] = false
+	}
 	b, err := d.read(&sl.op, sl.mem, soff, block)
 	if errors.Is(err, uring.ErrMedia) || err == nil && !amendIn(b, p.super.seed, g.gen, at, change) {
 		clear(b[:block]) // it may be whole the next time it is read: recovery is to read the headers, always
@@ -316,6 +323,38 @@ func (g *segment) amend(sl *slot, off int64, change func(entry []byte)) error {
 		return err
 	}
 	return d.write(&sl.op, soff, b)
+}
+
+// assure marks dead in their headers the records that the summary's block at soff shows as dead: a power cut can have kept the
+// one mark and lost the other. Only then may the block be written, which a crash may damage. Under g.meta.
+func (g *segment) assure(sl *slot, soff int64) error {
+	d, p := g.dev, g.dev.p
+	b, err := d.read(&sl.op, sl.mem, soff, block)
+	if errors.Is(err, uring.ErrMedia) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	_, rs, ok := parseSummary(nil, b, p.super.seed, g.gen, g.off, p.super.segSize, p.super.extent)
+	lost := false
+	for _, r := range rs {
+		if !ok || r.kind != recordDead {
+			continue
+		}
+		if b, err = d.read(&sl.op, sl.mem, r.off, block); err != nil && !errors.Is(err, uring.ErrMedia) {
+			return err
+		}
+		if h, ok := parseRecord(b, p.super.seed, p.super.extent); err != nil || ok && h.kind == recordLive && h.off == r.off && h.gen == g.gen {
+			if err := g.writeRecord(sl, r, nil); err != nil {
+				return err
+			}
+			lost = true
+		}
+	}
+	if lost {
+		return d.sync()
+	}
+	return nil
 }
 
 // amendIn changes the entry of the record that lies at block at of its segment in a summary's block; false if that is damaged.
