@@ -89,6 +89,7 @@ func TestSplit(t *testing.T) {
 		f.limit, f.scattered = c.limit, c.scattered
 		a := newArena(t, 8<<20)
 		d := f.openFor(t, NVMeOptions{Arena: a})
+		d.limit = d.drive.Scattered // as without huge pages
 		mem := a.mem[:c.size]
 		for i := range mem {
 			mem[i] = byte(i>>9) + byte(i)*3

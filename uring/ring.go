@@ -59,7 +59,10 @@ type ring struct {
 	flags    uint32
 	features uint32
 	event    *os.File // in the netpoller
-	count    [8]byte  // read from event
+	conn     syscall.RawConn
+	rouse    func(fd uintptr) bool // r.roused
+	waited   bool                  // asked before in this sleep
+	woken    atomic.Bool           // wake was called
 	cqes     [64]*giouring.CompletionQueueEvent
 }
 
@@ -134,7 +137,11 @@ func newRing(entries, flags uint32) (*ring, error) {
 		return nil, fmt.Errorf("eventfd: %w", err)
 	}
 	r.event = os.NewFile(uintptr(fd), "eventfd")
-	if _, err := g.RegisterEventFd(fd); err != nil {
+	r.rouse = r.roused
+	if r.conn, err = r.event.SyscallConn(); err == nil {
+		_, err = g.RegisterEventFd(fd)
+	}
+	if err != nil {
 		r.close()
 		return nil, err
 	}
@@ -173,8 +180,23 @@ func (r *ring) reap(into []completion) int {
 	return n
 }
 
-func (r *ring) sleep() { _, _ = r.event.Read(r.count[:]) }
-func (r *ring) poll()  { _, _ = r.r.GetEvents() }
+// sleep waits for the eventfd's next signal. It never reads it: to the netpoller, which is edge-triggered, every signal is
+// a new one, and that saves two system calls.
+func (r *ring) sleep() {
+	r.waited = false
+	_ = r.conn.Read(r.rouse)
+}
+
+// roused tells whether sleep is over. It is asked once that signals count, for what came before, and after the first.
+func (r *ring) roused(uintptr) bool {
+	if r.waited || r.woken.Load() || r.completed() && !r.hushed() {
+		r.woken.Store(false)
+		return true
+	}
+	r.waited = true
+	return false
+}
+func (r *ring) poll() { _, _ = r.r.GetEvents() }
 
 // block needs no loop for EINTR: its caller has one.
 func (r *ring) block() { _, _ = r.r.Enter(0, 1, giouring.EnterGetEvents, nil) }
@@ -192,7 +214,15 @@ func (r *ring) hush(on bool) {
 	}
 }
 
-func (r *ring) wake() { _, _ = r.event.Write(oneEvent) }
+func (r *ring) hushed() bool {
+	flags := r.inner().cq.flags
+	return flags != nil && atomic.LoadUint32(flags)&giouring.CQEventFdDisabled != 0
+}
+
+func (r *ring) wake() {
+	r.woken.Store(true)
+	_, _ = r.event.Write(oneEvent)
+}
 
 var oneEvent = binary.NativeEndian.AppendUint64(nil, 1)
 
