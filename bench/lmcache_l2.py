@@ -5,7 +5,7 @@
     $(shim/python/tests/venv.sh) bench/lmcache_l2.py redis            # LMCache's Redis adapter
     MOONCAKE=folder $(shim/python/tests/venv.sh) bench/lmcache_l2.py mooncake
 
-The folder is one that pip install --no-deps --target=folder mooncake-transfer-engine-non-cuda has made.
+The folder is one that pip install --no-deps --target=folder mooncake-transfer-engine-non-cuda has made. A second argument is how many pairs, 3 if there is none.
 
 16 MiB values, 80 of them in a batch, the server on core 0 and LMCache on core 1, over loopback TCP; every run with a fresh server in memory,
 all of which is written once before: the first touch of memory is dear in virtual machines.
@@ -29,7 +29,7 @@ NQN = "nqn.2026-11.dev.kvof:kv"
 os.environ |= {"KVOF_LIBRARY": str(ROOT / "bin/libkvof.so"), "PYTHONPATH": str(ROOT / "shim/python")}
 sys.path.insert(0, str(ROOT / "shim/python"))
 
-PAIRS, WARMUP, ROUNDS, KEYS, KIB = 3, 1, 2, 80, 16384
+WARMUP, ROUNDS, KEYS, KIB = 1, 2, 80, 16384
 VALUE = bytes(16 << 20)
 NEEDED = (WARMUP + ROUNDS) * KEYS * KIB * 1024
 
@@ -96,7 +96,7 @@ def mooncake(folder: str, port: int):
     at, client = os.environ["MOONCAKE"], free_port()
     os.environ["PYTHONPATH"] += f":{at}:{ROOT / 'bench'}"
     server = (
-        f"{at}/mooncake/mooncake_master --rpc_port={port} --enable_http_metadata_server=false & sleep 1; exec {at}/mooncake/mooncake_client --host=127.0.0.1 --port={client} "
+        f"{at}/mooncake/mooncake_master --rpc_port={port} --enable_http_metadata_server=false --default_kv_lease_ttl=1000 & sleep 1; exec {at}/mooncake/mooncake_client --host=127.0.0.1 --port={client} "
         f"--protocol=tcp --metadata_server=P2PHANDSHAKE --master_server_address=127.0.0.1:{port} --global_segment_size='{(NEEDED * 5 // 4 >> 30) + 1} GB'")
     spec = {
         "type": "native_plugin", "module_path": "mooncake_connector", "class_name": "Connector",
@@ -118,7 +118,7 @@ at = ctypes.addressof(ctypes.c_char.from_buffer(value))
 store.register_buffer(at, len(value))
 for i in range(int(sys.argv[2])):
     assert store.put_from(f"warm{i}", at, len(value)) == 0
-time.sleep(12)  # leases
+time.sleep(2)  # leases
 assert store.remove_all() >= 0
 store.close()
 """
@@ -130,7 +130,7 @@ def run(peer) -> dict[str, float]:
         port = free_port()
         command, spec, warm = peer(folder, port)
         server = subprocess.Popen(
-            ["taskset", "-c", "0", *command], stdout=subprocess.DEVNULL,
+            ["taskset", "-c", "0", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True, env=os.environ | {"MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1"})  # redis keeps what it has freed
         try:
             for _ in range(200):
@@ -159,7 +159,7 @@ def run(peer) -> dict[str, float]:
 def main() -> None:
     peers = {"kvof": kvof} | {"redis": {"LMCache's Redis adapter, redis 7.0": redis}, "mooncake": {"Mooncake's store over TCP": mooncake}}[sys.argv[1]]
     results = {name: [] for name in peers}
-    for i in range(PAIRS):
+    for i in range(int(sys.argv[2]) if len(sys.argv) > 2 else 3):
         for name, peer in peers.items():
             results[name].append(run(peer))
             print(i, name, results[name][-1], file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/kvof/kvof/configs"
 	"github.com/kvof/kvof/shim/keys"
 	"github.com/kvof/kvof/target/targettest"
 )
@@ -103,7 +104,11 @@ func TestC(t *testing.T) {
 		t.Run(strings.Join(flags, " "), func(t *testing.T) {
 			program := compile(t, dir, "test"+fmt.Sprint(len(flags)), "testdata/test.c", flags...)
 			s := targettest.Serve(t, targettest.Options{Size: 512 << 20})
-			cmd := exec.Command(program, "tcp://"+s.Addr+"/"+s.NQN, list)
+			relay := targettest.NewRelay(t, s.Addr)
+			second := targettest.Serve(t, targettest.Options{NQN: targettest.NQN + "2"})
+			second.Apply(configs.Namespace{NSID: 1, Type: configs.KeyValue, Device: configs.DeviceMemory, Size: 64 << 20, MaxValue: 4 << 20, MaxKeys: 3})
+			first := "tcp://" + s.Addr + "/" + s.NQN
+			cmd := exec.Command(program, first, list, "tcp://"+relay.Addr+"/"+s.NQN, first+",tcp://"+second.Addr+"/"+second.NQN)
 			cmd.Stderr = os.Stderr
 			in, err := cmd.StdinPipe()
 			if err != nil {
@@ -118,6 +123,12 @@ func TestC(t *testing.T) {
 			}
 			for lines := bufio.NewScanner(out); lines.Scan(); {
 				switch line := lines.Text(); line {
+				case "!freeze":
+					relay.Freeze(true)
+				case "!thaw":
+					relay.Freeze(false)
+				case "!stop the second":
+					second.Stop()
 				case "!stop":
 					s.Stop()
 				case "!start":

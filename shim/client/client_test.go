@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"net"
 	"slices"
 	"strings"
 	"sync"
@@ -343,90 +342,15 @@ func TestRestart(t *testing.T) {
 	}
 }
 
-// relay passes bytes on to a server until it is told to hold them back, for good.
-type relay struct {
-	net.Listener
-	to   string
-	mu   sync.Mutex
-	hold bool
-	all  []net.Conn
-	wg   sync.WaitGroup
-}
-
-func newRelay(t *testing.T, to string) *relay {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	r := &relay{Listener: l, to: to}
-	r.wg.Go(func() {
-		for {
-			a, err := l.Accept()
-			if err != nil {
-				return
-			}
-			b, err := net.Dial("tcp", r.to)
-			if err != nil {
-				a.Close()
-				continue
-			}
-			r.mu.Lock()
-			r.all = append(r.all, a, b)
-			r.mu.Unlock()
-			for _, way := range [][2]net.Conn{{a, b}, {b, a}} {
-				r.wg.Go(func() { r.copy(way[0], way[1]) })
-			}
-		}
-	})
-	t.Cleanup(func() {
-		l.Close()
-		r.cut()
-		r.wg.Wait()
-	})
-	return r
-}
-
-func (r *relay) copy(from, to net.Conn) {
-	defer to.Close()
-	b := make([]byte, 64<<10)
-	for {
-		n, err := from.Read(b)
-		if err != nil {
-			return
-		}
-		for r.held() {
-			if time.Sleep(time.Millisecond); from.SetReadDeadline(time.Time{}) != nil { // closed
-				return
-			}
-		}
-		if _, err := to.Write(b[:n]); err != nil {
-			return
-		}
-	}
-}
-
-func (r *relay) held() bool { r.mu.Lock(); defer r.mu.Unlock(); return r.hold }
-
-func (r *relay) freeze(on bool) { r.mu.Lock(); r.hold = on; r.mu.Unlock() }
-
-func (r *relay) cut() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for _, c := range r.all {
-		c.Close()
-	}
-	r.all = nil
-}
-
 // TestHang: a target that hangs costs its operations their time-out once, and afterwards nothing, until it is back.
 func TestHang(t *testing.T) {
 	s := targettest.Serve(t, targettest.Options{})
-	r := newRelay(t, s.Addr)
+	r := targettest.NewRelay(t, s.Addr)
 	const limit = 400 * time.Millisecond
-	c := open(t, Options{Targets: "tcp://" + r.Addr().String() + "/" + s.NQN, Timeout: limit, LookupTimeout: limit, ConnectTimeout: 2 * time.Second})
+	c := open(t, Options{Targets: "tcp://" + r.Addr + "/" + s.NQN, Timeout: limit, LookupTimeout: limit, ConnectTimeout: 2 * time.Second})
 	v := random(1 << 20)
 	eventually(t, "a put on a busy machine", func() bool { return do(t, c, op(t, c, Put, long, v))[0].Status.Success() })
-	r.freeze(true)
+	r.Freeze(true)
 	start := time.Now()
 	var ops []Op
 	for i := range 200 { // more than fit into flight
@@ -446,7 +370,7 @@ func TestHang(t *testing.T) {
 	if d := time.Since(start); d > 5*time.Second {
 		t.Errorf("a later get took %v", d)
 	}
-	r.freeze(false)
+	r.Freeze(false)
 	eventually(t, "the target is used again", func() bool { return do(t, c, op(t, c, Get, long, v))[0].Status == OK })
 	if n := c.Counters(); n.Timeouts == 0 || n.Disconnects == 0 {
 		t.Errorf("%+v", n)
@@ -456,8 +380,8 @@ func TestHang(t *testing.T) {
 // TestFailover: of two paths to a target one breaks, and no operation is lost.
 func TestFailover(t *testing.T) {
 	s := targettest.Serve(t, targettest.Options{})
-	r := newRelay(t, s.Addr)
-	c := open(t, Options{Targets: urlOf(s) + "|tcp://" + r.Addr().String() + "/" + s.NQN})
+	r := targettest.NewRelay(t, s.Addr)
+	c := open(t, Options{Targets: urlOf(s) + "|tcp://" + r.Addr + "/" + s.NQN})
 	v := random(300_000)
 	for round := range 5 {
 		var puts, gets []Op
@@ -466,14 +390,14 @@ func TestFailover(t *testing.T) {
 			puts, gets = append(puts, op(t, c, Put, key, v)), append(gets, op(t, c, Get, key, make([]byte, len(v))))
 		}
 		eventually(t, "both paths", func() bool { return c.Counters().PathsUp == 2 })
-		stop := time.AfterFunc(time.Duration(round)*3*time.Millisecond, r.cut)
+		stop := time.AfterFunc(time.Duration(round)*3*time.Millisecond, r.Cut)
 		for _, o := range append(do(t, c, puts...), do(t, c, gets...)...) {
 			if !o.Status.Success() { // a put that another path repeats may find itself
 				t.Fatalf("kind %d: status %d", o.Kind, o.Status)
 			}
 		}
 		stop.Stop()
-		r.cut()
+		r.Cut()
 		eventually(t, "the cut is seen", func() bool { return c.Counters().Disconnects > uint64(round) })
 	}
 	if n := c.Counters(); n.Disconnects < 5 {
@@ -499,9 +423,9 @@ func TestFull(t *testing.T) {
 // TestClose ends operations that would not end by themselves.
 func TestClose(t *testing.T) {
 	s := targettest.Serve(t, targettest.Options{})
-	r := newRelay(t, s.Addr)
-	c := open(t, Options{Targets: "tcp://" + r.Addr().String() + "/" + s.NQN})
-	r.freeze(true)
+	r := targettest.NewRelay(t, s.Addr)
+	c := open(t, Options{Targets: "tcp://" + r.Addr + "/" + s.NQN})
+	r.Freeze(true)
 	var ops []Op
 	for i := range 300 {
 		ops = append(ops, op(t, c, Get, fmt.Sprint(i), make([]byte, 1000)), op(t, c, Put, fmt.Sprint(i), make([]byte, 100_000)), op(t, c, Exist, "k"))

@@ -1,5 +1,6 @@
-// The test suite of the C interface. Its first argument is a list of targets, its second the file of key vectors; it asks who
-// started it to stop and start the target with lines on its output that begin with an exclamation mark.
+// The test suite of the C interface. Its arguments are a target, the file of key vectors, the same target by way of a relay, and it
+// with a second one, which takes three keys. It asks who started it to stop, start and freeze them with lines on its output that
+// begin with an exclamation mark.
 
 #include <kvof.h>
 
@@ -27,7 +28,7 @@
 
 enum { PATIENCE = 60000 }; // ms
 
-static const char *targets;
+static const char *targets, *relayed, *both; // the target; the same by way of a relay; it and another one
 
 // The layout, as programs that are compiled already have it.
 _Static_assert(KVOF_ABI == 1, "");
@@ -45,14 +46,16 @@ _Static_assert(sizeof(struct kvof_batch) == 32 && offsetof(struct kvof_batch, op
 _Static_assert(sizeof(struct kvof_completion) == 40 && offsetof(struct kvof_completion, count) == 16 && offsetof(struct kvof_completion, status) == 28, "");
 _Static_assert(sizeof(struct kvof_counters) == 184 && offsetof(struct kvof_counters, get_hits) == 24 && offsetof(struct kvof_counters, retries) == 176, "");
 
-static kvof_client *open_client(uint32_t flags, const char *salt, uint32_t max_ops) {
-	struct kvof_options o = {.size = sizeof o, .flags = flags, .targets = targets, .scope.salt = salt, .max_ops = max_ops,
-		.timeout_ms = PATIENCE, .lookup_timeout_ms = PATIENCE, .connect_timeout_ms = PATIENCE, .reconnect_ms = 20};
+static kvof_client *open_at(const char *where, uint32_t timeout, uint32_t flags, const char *salt, uint32_t max_ops) {
+	struct kvof_options o = {.size = sizeof o, .flags = flags, .targets = where, .scope.salt = salt, .max_ops = max_ops,
+		.timeout_ms = timeout, .lookup_timeout_ms = timeout, .connect_timeout_ms = PATIENCE, .reconnect_ms = 20};
 	kvof_client *c;
 	int s = kvof_open(&o, &c);
 	CHECK(s == KVOF_OK, "%s", kvof_strerror(s));
 	return c;
 }
+
+static kvof_client *open_client(uint32_t flags, const char *salt, uint32_t max_ops) { return open_at(targets, PATIENCE, flags, salt, max_ops); }
 
 static kvof_queue *open_queue(kvof_client *c, uint32_t depth) {
 	kvof_queue *q;
@@ -441,6 +444,77 @@ static void test_restart(void) {
 	kvof_close(c);
 }
 
+// A target that hangs costs what is in flight its time-out, and what follows nothing, until it answers again.
+static void test_hang(void) {
+	kvof_client *c = open_at(relayed, 500, 0, "hang", 0);
+	kvof_queue *q = open_queue(c, 0);
+	char v[1000] = "value", got[1000];
+	struct kvof_op o;
+	for (int i = 0; i < PATIENCE / 500; i++) { // half a second may be short for a busy machine
+		o = op(KVOF_PUT, LONG, v, sizeof v);
+		if (run(q, &o, 1).ok == 1)
+			break;
+	}
+	CHECK(o.status == KVOF_OK || o.status == KVOF_EXISTS);
+	ask("freeze");
+	struct kvof_op many[] = {op(KVOF_GET, LONG, got, sizeof got), op(KVOF_EXIST, LONG, NULL, 0), op(KVOF_PUT, LONG "2", v, sizeof v), op(KVOF_DELETE, LONG, NULL, 0)};
+	CHECK(run(q, many, LEN(many)).ok == 0);
+	for (size_t i = 0; i < LEN(many); i++)
+		CHECK(many[i].status == KVOF_TIMEOUT || many[i].status == KVOF_UNAVAILABLE, "%zu: %d", i, many[i].status);
+	struct kvof_counters n = {.size = sizeof n};
+	for (int i = 0; i < PATIENCE / 10; i++) {
+		CHECK(kvof_counters(c, &n) == KVOF_OK);
+		if (n.paths_up == 0)
+			break;
+		usleep(10000);
+	}
+	CHECK(n.paths_up == 0 && n.timeouts > 0 && n.timeouts + n.unavailable >= LEN(many) && n.disconnects > 0);
+	CHECK(one(q, op(KVOF_GET, LONG, got, sizeof got), 0) == KVOF_UNAVAILABLE);
+	ask("thaw");
+	for (int i = 0; i < PATIENCE / 10; i++) {
+		o = op(KVOF_PUT, LONG "3", v, sizeof v);
+		if (run(q, &o, 1).ok == 1)
+			break;
+		usleep(10000);
+	}
+	CHECK(o.status == KVOF_OK || o.status == KVOF_EXISTS);
+	kvof_close(c);
+}
+
+// Two targets share the keys. One that is full, or gone, fails for its own keys alone, and each op says so.
+static void test_two_targets(void) {
+	enum { N = 64 };
+	kvof_client *c = open_at(both, PATIENCE, 0, "two", 0);
+	kvof_queue *q = open_queue(c, 0);
+	static char keys[N][40];
+	char v[] = "value";
+	struct kvof_op ops[N];
+	for (int i = 0; i < N; i++) {
+		snprintf(keys[i], sizeof keys[i], "a key for two targets, %d", i);
+		ops[i] = op(KVOF_PUT, keys[i], v, sizeof v);
+	}
+	struct kvof_completion done = run(q, ops, N); // the second one takes three keys, and is full
+	uint32_t full = 0;
+	for (int i = 0; i < N; i++) {
+		CHECK(ops[i].status == KVOF_OK || ops[i].status == KVOF_FULL, "%d: %d", i, ops[i].status);
+		full += ops[i].status == KVOF_FULL;
+	}
+	CHECK(full > 0 && done.ok == N - full && done.status == KVOF_FULL);
+	struct kvof_counters n = {.size = sizeof n};
+	CHECK(kvof_counters(c, &n) == KVOF_OK && n.targets == 2 && n.targets_up == 2 && n.full == full && n.puts == N - full && n.errors == 0);
+	ask("stop the second");
+	uint32_t away = 0;
+	for (int i = 0; i < N; i++)
+		ops[i] = op(KVOF_EXIST, keys[i], NULL, 0);
+	done = run(q, ops, N);
+	for (int i = 0; i < N; i++) {
+		CHECK(ops[i].status == KVOF_OK || ops[i].status == KVOF_UNAVAILABLE, "%d: %d", i, ops[i].status);
+		away += ops[i].status == KVOF_UNAVAILABLE;
+	}
+	CHECK(away == full + 3 && done.ok == N - away);
+	kvof_close(c);
+}
+
 // In a child of fork every function says so, at once.
 static void test_fork(void) {
 	kvof_client *c = open_client(0, "fork", 0), *d;
@@ -471,14 +545,16 @@ static void test_fork(void) {
 }
 
 int main(int argc, char **argv) {
-	CHECK(argc == 3);
-	targets = argv[1];
+	CHECK(argc == 5);
+	targets = argv[1], relayed = argv[3], both = argv[4];
 	test_arguments();
 	test_keys(argv[2]);
 	test_operations();
 	test_batch();
 	test_bounds();
 	test_threads();
+	test_hang();
+	test_two_targets();
 	test_restart();
 	test_fork();
 	return 0;

@@ -24,7 +24,7 @@ sys.path.insert(0, PACKAGE)
 class Server:
     """A kvof target with one Key Value namespace. It can be killed, stopped and started again, with the values it had."""
 
-    def __init__(self, folder: Path, size: str = "1GiB", device: str = "file"):
+    def __init__(self, folder: Path, size: str = "1GiB", device: str = "file", eviction: str = "clock"):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
@@ -49,6 +49,7 @@ nsid = 1
 type = "kv"
 device = "{device}"
 size = "{size}"
+eviction = "{eviction}"
 {where}""")
         self.start()
 

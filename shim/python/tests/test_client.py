@@ -245,6 +245,8 @@ def test_target_hangs(victim, unique):
         batch = c.call(Kind.GET, [unique], [bytearray(1)])
         assert batch.statuses[0] in (Status.TIMEOUT, Status.UNAVAILABLE)
         assert time.monotonic() - start < 10
+        n = c.counters()
+        assert n["timeouts"] >= 1 and n["timeouts"] + n["unavailable"] == 2 and n["errors"] == 0
         victim.resume()
         eventually(lambda: c.exists([unique]) == [True])
 
@@ -261,18 +263,17 @@ def test_target_is_not_there_at_the_start(victim, unique):
 
 
 def test_target_is_full(tmp_path, unique):
-    server = Server(tmp_path, size="96MiB", device="memory")
+    server = Server(tmp_path, size="96MiB", device="memory", eviction="never")
     try:
         with Client(server.url) as c:
             data = os.urandom(4 << 20)
             batch = c.call(Kind.PUT, [f"{unique}{i}" for i in range(40)], [data] * 40)
-            assert {Status(s) for s in batch.statuses} <= {Status.OK, Status.FULL}
-            if Status.FULL in batch.statuses:
-                assert c.counters()["full"] >= 1
+            assert {Status(s) for s in batch.statuses} == {Status.OK, Status.FULL}
+            assert c.counters()["full"] == batch.statuses.count(Status.FULL)
             # Whatever is there is whole.
             for i, ok in enumerate(batch.hits()):
                 buffer = bytearray(4 << 20)
-                if c.get_into(f"{unique}{i}", buffer) is not None:
-                    assert ok and buffer == data
+                assert c.get_into(f"{unique}{i}", buffer) == (len(data) if ok else None)
+                assert not ok or buffer == data
     finally:
         server.stop()
