@@ -2,8 +2,10 @@ package kvlayer
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"sync/atomic"
 
@@ -300,6 +302,11 @@ func (d *device) reclaim(g *segment, s *Store, o Options, all bool) (err error) 
 	if canceled {
 		if err := d.sync(); err != nil { // no copy of what is gone may count
 			return err
+		}
+	}
+	if o.Log.Enabled(context.Background(), slog.LevelDebug) { // before it is so: who misses a value finds it in the log
+		for _, v := range evicted {
+			o.Log.Debug("evicted", "key", v.e.key(), "size", v.e.size(), "reason", v.why)
 		}
 	}
 	if err := g.writeHeader(sl, true); err != nil {

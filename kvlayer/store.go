@@ -411,6 +411,10 @@ const (
 	reasons        = 6
 )
 
+func (r reason) String() string {
+	return [...]string{"replaced", "deleted", "capacity", "expired", "corrupt", "lost"}[r]
+}
+
 // EvictionReasons name the counts of Stats.Evictions. What hosts replace and delete is not evicted.
 var EvictionReasons = [...]string{"capacity", "expired", "corrupt", "lost"}
 

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"flag"
 	"fmt"
@@ -14,8 +15,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -42,10 +46,7 @@ type space struct {
 	policy  string // lines of its configuration
 	keys    int    // of each worker
 	largest int    // value, in bytes
-	// For one that evicts: while its hosts have begun to store no more bytes since, nearly all values are still there.
-	// Not all: the oldest segment of a device can be young. 0: it does not evict.
-	keeps int64
-	begun atomic.Int64 // bytes that its hosts have begun to store, over all cycles
+	evicts  bool   // what is absent is to be in the server's log as evicted since it was stored; else nothing may be absent
 }
 
 // TestKill runs the cycles: start, perhaps die again while starting; compare every key with what its worker knows;
@@ -64,8 +65,8 @@ func TestKill(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(seed, 0))
 	spaces := []*space{
 		{nsid: 1, policy: "device = \"file\"\npath = \"own\"\nsize = \"1GiB\"\neviction = \"never\"", keys: 8, largest: largest},
-		{nsid: 2, policy: "pool = \"shared\"\nshare = \"48MiB\"\nstrict = true", keys: 32, largest: 1 << 20, keeps: 8 << 20},
-		{nsid: 3, policy: "pool = \"shared\"\nshare = \"24MiB\"\neviction = \"fifo\"\ndurability = \"flushed\"", keys: 32, largest: 1 << 20, keeps: 8 << 20},
+		{nsid: 2, policy: "pool = \"shared\"\nshare = \"48MiB\"\nstrict = true", keys: 32, largest: 1 << 20, evicts: true},
+		{nsid: 3, policy: "pool = \"shared\"\nshare = \"24MiB\"\neviction = \"fifo\"\ndurability = \"flushed\"", keys: 32, largest: 1 << 20, evicts: true},
 	}
 	s := newServer(t, spaces)
 	defer s.kill()
@@ -100,6 +101,7 @@ func TestKill(t *testing.T) {
 		})
 		together(t, s, spaces, all, (*worker).load, time.Time{})
 		<-died
+		s.account(all)
 		if t.Failed() {
 			t.Fatalf("cycle %d; the server said:\n%s", cycle, s.said())
 		}
@@ -108,6 +110,7 @@ func TestKill(t *testing.T) {
 	s.await()
 	together(t, s, spaces, all, (*worker).check, time.Now().Add(patience))
 	checkList(t, s, spaces, all)
+	s.account(all)
 	if t.Failed() {
 		t.Fatalf("the server said:\n%s", s.said())
 	}
@@ -119,9 +122,6 @@ func TestKill(t *testing.T) {
 	if sum.stored == 0 || sum.retrieved == 0 || sum.deleted == 0 || sum.found == 0 || sum.doubtful == 0 || cycles >= 50 && sum.evicted == 0 {
 		t.Error("something never happened") // a short run on a busy machine may not fill a namespace
 	}
-	if sum.youngEvicted > sum.young/20 {
-		t.Errorf("%d young values are gone of %d", sum.youngEvicted, sum.young)
-	}
 }
 
 // server is the server's process.
@@ -131,13 +131,20 @@ type server struct {
 	config string
 	addr   string
 
-	cmd *exec.Cmd
-	log bytes.Buffer
+	cmd     *exec.Cmd
+	log     bytes.Buffer
+	evicted map[string][]eviction // by key
+}
+
+// eviction is what the server logs just before a value is gone.
+type eviction struct {
+	at   time.Time // to the millisecond below
+	size int
 }
 
 func newServer(t *testing.T, spaces []*space) *server {
 	dir := t.TempDir()
-	s := &server{t: t, binary: filepath.Join(dir, "kvof"), config: filepath.Join(dir, "kvof.toml")}
+	s := &server{t: t, binary: filepath.Join(dir, "kvof"), config: filepath.Join(dir, "kvof.toml"), evicted: map[string][]eviction{}}
 	build := exec.Command("go", "build", "-o", s.binary, "github.com/kvof/kvof/cmd/kvof")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
@@ -149,7 +156,7 @@ func newServer(t *testing.T, spaces []*space) *server {
 	}
 	s.addr = l.Addr().String()
 	l.Close()
-	cfg := fmt.Appendf(nil, `log_level = "warn"
+	cfg := fmt.Appendf(nil, `log_level = "debug"
 [memory]
 arena = "128MiB"
 [management]
@@ -208,13 +215,48 @@ func (s *server) kill() {
 		_ = s.cmd.Process.Kill()
 		_ = s.cmd.Wait()
 		s.cmd = nil
+		s.learn()
 	}
 }
 
-// said is the server's log, once it is dead.
+// said is the server's log, but for what is only for account, once it is dead.
 func (s *server) said() string {
 	s.kill()
-	return s.log.String()
+	return regexp.MustCompile(`(?m)^\S+ DEBUG .*\n`).ReplaceAllString(s.log.String(), "")
+}
+
+var evictedLine = regexp.MustCompile(`(?m)^(\S+) DEBUG +evicted .*key=([0-9a-f]+) size=(\d+) reason=(\w+)$`)
+
+// learn takes in what a dead server has logged.
+func (s *server) learn() {
+	log := s.log.String()
+	for _, m := range evictedLine.FindAllStringSubmatch(log, -1) {
+		at, err := time.Parse(time.RFC3339Nano, m[1])
+		size, err2 := strconv.Atoi(m[3])
+		if err != nil || err2 != nil || m[4] != "capacity" {
+			s.t.Errorf("a value went, and not for room: %s", m[0])
+		}
+		s.evicted[m[2]] = append(s.evicted[m[2]], eviction{at, size})
+	}
+	for _, line := range strings.Split(log, "\n") {
+		if strings.Contains(line, "corrupt") || strings.Contains(line, "unreadable") || strings.Contains(line, "damaged") {
+			s.t.Errorf("nothing was damaged: %s", line)
+		}
+	}
+}
+
+// account looks whether the server, in any of its lives, had evicted what the workers have missed.
+func (s *server) account(all []*worker) {
+	s.kill()
+	for _, w := range all {
+		for _, m := range w.missed {
+			if !slices.ContainsFunc(s.evicted[m.key], func(e eviction) bool { return e.size == m.size && !e.at.Before(m.begun.Truncate(time.Millisecond)) }) {
+				s.t.Errorf("namespace %d, worker %d: key %s, of %d bytes, stored at %v, is absent and was not evicted since: %v", w.space.nsid, w.name, m.key, m.size, m.begun, s.evicted[m.key])
+			}
+			w.evicted++
+		}
+		w.missed = nil
+	}
 }
 
 // together has all workers do something, each host's over a connection of its own.
@@ -282,7 +324,9 @@ func checkList(t *testing.T, s *server, spaces []*space, all []*worker) {
 			}
 			for k := range w.fates {
 				key := string(w.key(k))
-				if there := w.fates[k].now != 0; there != listed[key] && !(sp.keeps > 0 && there) {
+				if there := w.fates[k].now != 0; there && !listed[key] && sp.evicts {
+					w.miss(k)
+				} else if there != listed[key] {
 					t.Errorf("namespace %d: %s: List shows it: %v, Retrieve: %v", sp.nsid, key, listed[key], there)
 				}
 				delete(listed, key)
@@ -295,7 +339,7 @@ func checkList(t *testing.T, s *server, spaces []*space, all []*worker) {
 }
 
 // tally is what workers have done.
-type tally struct{ stored, retrieved, deleted, flushed, refused, found, doubtful, evicted, young, youngEvicted int }
+type tally struct{ stored, retrieved, deleted, flushed, refused, found, doubtful, evicted int }
 
 func (s *tally) add(o tally) {
 	s.stored += o.stored
@@ -306,15 +350,20 @@ func (s *tally) add(o tally) {
 	s.found += o.found
 	s.doubtful += o.doubtful
 	s.evicted += o.evicted
-	s.young += o.young
-	s.youngEvicted += o.youngEvicted
 }
 
 // fate is what is known about a key. Values are known by their numbers; 0 is none.
 type fate struct {
 	now   uint64
-	doubt []uint64 // what may be there instead: the operation that was cut off
-	since int64    // space.begun when its Store began
+	doubt []uint64  // what may be there instead: the operation that was cut off
+	begun time.Time // when its Store began
+}
+
+// missing is a value that was stored and is absent.
+type missing struct {
+	key   string // hexadecimal
+	size  int
+	begun time.Time
 }
 
 // worker is one client of a namespace.
@@ -328,6 +377,8 @@ type worker struct {
 	next  uint64 // number of a value
 	buf   []byte
 	want  []byte
+
+	missed []missing // in this life of the server
 }
 
 func newWorker(sp *space, h int, seed uint64, name int) *worker {
@@ -419,13 +470,16 @@ func (w *worker) store(t *testing.T, kv *host.KV, k int, m host.StoreMode) error
 	w.next++
 	id, f := w.next, &w.fates[k]
 	v := w.value(id)
-	since := w.space.begun.Add(int64(len(v)))
+	begun := time.Now()
 	err := kv.Store(t.Context(), w.key(k), v, m)
 	switch {
-	case err == nil && m == host.StoreIfAbsent && f.now != 0 && w.space.keeps == 0:
+	case err == nil && m == host.StoreIfAbsent && f.now != 0 && !w.space.evicts:
 		t.Errorf("worker %d, key %d: stored as if it were absent, over number %d", w.name, k, f.now)
 	case err == nil:
-		f.now, f.doubt, f.since = id, nil, since
+		if m == host.StoreIfAbsent && f.now != 0 {
+			w.miss(k)
+		}
+		f.now, f.doubt, f.begun = id, nil, begun
 		w.stored++
 	case errors.Is(err, nvmeof.KeyExists):
 		if err = nil; f.now == 0 {
@@ -435,9 +489,17 @@ func (w *worker) store(t *testing.T, kv *host.KV, k int, m host.StoreMode) error
 		w.refused++
 		err = nil
 	default:
-		f.doubt = append(f.doubt, id)
+		if f.doubt = append(f.doubt, id); f.now == 0 {
+			f.begun = begun
+		}
 	}
 	return err
+}
+
+// miss notes that a key's value is absent.
+func (w *worker) miss(k int) {
+	f := &w.fates[k]
+	w.missed = append(w.missed, missing{hex.EncodeToString(w.key(k)), w.size(f.now), f.begun})
 }
 
 func (w *worker) delete(t *testing.T, kv *host.KV, k int) error {
@@ -463,10 +525,8 @@ func (w *worker) retrieve(t *testing.T, kv *host.KV, k int) error {
 				return nil
 			}
 		}
-		if w.space.keeps > 0 {
-			if w.evicted++; w.space.begun.Load()-f.since <= w.space.keeps {
-				w.youngEvicted++
-			}
+		if w.space.evicts {
+			w.miss(k)
 			f.now, f.doubt = 0, nil
 			return nil
 		}
@@ -479,9 +539,7 @@ func (w *worker) retrieve(t *testing.T, kv *host.KV, k int) error {
 	for _, id := range append(f.doubt, f.now) {
 		if id != 0 && n == w.size(id) && bytes.Equal(w.buf[:n], w.value(id)) {
 			f.now, f.doubt = id, nil
-			if w.retrieved++; w.space.begun.Load()-f.since <= w.space.keeps {
-				w.young++
-			}
+			w.retrieved++
 			return nil
 		}
 	}
