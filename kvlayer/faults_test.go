@@ -412,7 +412,7 @@ func (r *faultRun) pin(k int) {
 	switch err := r.s.Pin(faultKey(k), on); {
 	case err == nil:
 		f.pin = on && !r.dev.Off()
-	case !errors.Is(err, kvlayer.ErrNotFound):
+	case !errors.Is(err, kvlayer.ErrNotFound) && !errors.Is(err, kvlayer.ErrCorrupt):
 		r.failed("pin", err)
 	case f.now != 0 && !slices.Contains(f.doubt, 0) && !r.dev.Off():
 		r.gone(k, err)
@@ -473,6 +473,7 @@ func (r *faultRun) retrieve(k int) {
 
 // set notes an operation that completed.
 func (r *faultRun) set(f *fate, id uint64) {
+	since := append(f.since, f.doubt...) // a power cut can lose the end of what had failed, too
 	switch was := f.now; {
 	case !r.damaged():
 		f.doubt = nil
@@ -483,9 +484,9 @@ func (r *faultRun) set(f *fate, id uint64) {
 	}
 	f.now, f.loose, f.pin = id, false, false
 	if r.o.Flushed {
-		f.since = f.since[:0]
+		since = since[:0]
 	}
-	f.since = append(f.since, id)
+	f.since = append(since, id)
 }
 
 // settle notes what a key has of all that it may have. With damage the rest may show again: a recovery that could
