@@ -256,6 +256,13 @@ func TestEviction(t *testing.T) {
 			if e != EvictSecondTouch && (st.Evictions[0] < n/2 || st.Keys < 100) {
 				t.Errorf("%+v", st)
 			}
+			ages := uint64(0)
+			for _, n := range st.EvictionAges {
+				ages += n
+			}
+			if ages != st.Evictions[0] || st.EvictionAges[ageBuckets-1] > 0 {
+				t.Errorf("ages %v of %d evictions", st.EvictionAges, st.Evictions[0])
+			}
 		})
 	}
 }

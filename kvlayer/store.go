@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -418,6 +419,12 @@ func (r reason) String() string {
 // EvictionReasons name the counts of Stats.Evictions. What hosts replace and delete is not evicted.
 var EvictionReasons = [...]string{"capacity", "expired", "corrupt", "lost"}
 
+// EvictionAgeBounds are the upper bounds, exclusive, of the counts of Stats.EvictionAges.
+var EvictionAgeBounds = [...]time.Duration{time.Second, 10 * time.Second, time.Minute, 10 * time.Minute, time.Hour, 6 * time.Hour,
+	24 * time.Hour, 3 * 24 * time.Hour, 7 * 24 * time.Hour, 30 * 24 * time.Hour}
+
+const ageBuckets = len(EvictionAgeBounds) + 1
+
 // Stats describes a store. Sizes are in bytes and count headers and padding.
 type Stats struct {
 	Keys     int
@@ -438,7 +445,8 @@ type Stats struct {
 	Moved           uint64                       // bytes of records that reclaiming wrote again
 	Reclaimed       uint64                       // segments
 	Evictions       [len(EvictionReasons)]uint64 // values
-	EvictionAge     time.Duration                // of all values evicted for capacity, summed
+	EvictionAge     uint64                       // of all values evicted for capacity, summed: seconds
+	EvictionAges    [ageBuckets]uint64           // of how many it was below each of EvictionAgeBounds and not below the one before; the last: the rest
 	NotAdmitted     uint64                       // Stores whose value was not kept (EvictSecondTouch)
 	Corrupt         uint64                       // headers and pieces that failed their checksum
 }
@@ -455,6 +463,7 @@ type counters struct {
 	hits, misses, stores, written, moved, cleaned, skipped, corrupt, age atomic.Uint64
 
 	reasons [reasons]atomic.Uint64
+	ages    [ageBuckets]atomic.Uint64
 }
 
 func (c *counters) looked(hit bool) {
@@ -468,7 +477,13 @@ func (c *counters) looked(hit bool) {
 func (c *counters) removed(e entry, why reason) {
 	c.reasons[why].Add(1)
 	if why == reasonCapacity {
-		c.age.Add(uint64(age(e.seq()) / time.Second))
+		a := age(e.seq())
+		c.age.Add(uint64(a / time.Second))
+		i, at := slices.BinarySearch(EvictionAgeBounds[:], a)
+		if at {
+			i++
+		}
+		c.ages[i].Add(1)
 	}
 }
 
@@ -481,7 +496,10 @@ func (s *Store) Stats() Stats {
 		Hits: s.c.hits.Load(), Misses: s.c.misses.Load(),
 		Stores: s.c.stores.Load(), Deletes: s.c.reasons[reasonDelete].Load(),
 		Written: s.c.written.Load(), Moved: s.c.moved.Load(), Reclaimed: s.c.cleaned.Load(),
-		EvictionAge: time.Duration(s.c.age.Load()) * time.Second, NotAdmitted: s.c.skipped.Load(), Corrupt: s.c.corrupt.Load(),
+		EvictionAge: s.c.age.Load(), NotAdmitted: s.c.skipped.Load(), Corrupt: s.c.corrupt.Load(),
+	}
+	for i := range st.EvictionAges {
+		st.EvictionAges[i] = s.c.ages[i].Load()
 	}
 	for i := range st.Evictions {
 		st.Evictions[i] = s.c.reasons[int(reasonCapacity)+i].Load()

@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/kvof/kvof/target"
 )
@@ -46,19 +47,19 @@ func (f family) line(suffix string, v float64, labels []string) {
 
 var escape = strings.NewReplacer(`\`, `\\`, "\n", `\n`, `"`, `\"`)
 
-// histogram writes the cumulative buckets of one histogram, in seconds.
-func (f family) histogram(h target.HistogramSnapshot, labels ...string) {
+// histogram writes the cumulative buckets of one histogram, in seconds. There is one count more than there are bounds.
+func (f family) histogram(bounds []time.Duration, counts []uint64, sum float64, labels ...string) {
 	bucket := append(labels[:len(labels):len(labels)], "le", "")
 	var n uint64
-	for i, bound := range h.Bounds {
-		n += h.Counts[i]
-		bucket[len(bucket)-1] = strconv.FormatFloat(bound.Seconds(), 'g', -1, 64)
+	for i, c := range counts {
+		n += c
+		if bucket[len(bucket)-1] = "+Inf"; i < len(bounds) {
+			bucket[len(bucket)-1] = strconv.FormatFloat(bounds[i].Seconds(), 'g', -1, 64)
+		}
 		f.line("_bucket", float64(n), bucket)
 	}
-	bucket[len(bucket)-1] = "+Inf"
-	f.line("_bucket", float64(h.Count), bucket)
-	f.line("_sum", h.Sum.Seconds(), labels)
-	f.line("_count", float64(h.Count), labels)
+	f.line("_sum", sum, labels)
+	f.line("_count", float64(n), labels)
 }
 
 // served calls f for every namespace that is served.
@@ -152,7 +153,6 @@ func namespaceMetrics(b *bytes.Buffer, s target.Status) {
 		{"kvof_moved_bytes_total", "counter", "Bytes of records that reclaiming wrote again.", func(k *target.StoreStatus) float64 { return float64(k.Moved) }},
 		{"kvof_write_amplification", "gauge", "Bytes written for each byte stored.", func(k *target.StoreStatus) float64 { return k.WriteAmplification }},
 		{"kvof_reclaimed_segments_total", "counter", "Segments made free.", func(k *target.StoreStatus) float64 { return float64(k.Reclaimed) }},
-		{"kvof_eviction_age_seconds_total", "counter", "Ages of the values evicted for capacity, summed.", func(k *target.StoreStatus) float64 { return k.EvictionAge }},
 		{"kvof_not_admitted_total", "counter", "Stores whose value was not kept, as its key was stored for the first time.", func(k *target.StoreStatus) float64 { return float64(k.NotAdmitted) }},
 		{"kvof_index_bytes", "gauge", "Memory of the index, that of the whole pool.", func(k *target.StoreStatus) float64 { return float64(k.IndexBytes) }},
 		{"kvof_scrubbed_bytes_total", "counter", "Bytes verified in the background, in the whole pool.", func(k *target.StoreStatus) float64 { return float64(k.Scrubbed) }},
@@ -188,7 +188,14 @@ func storeMetrics(b *bytes.Buffer, s target.Status) {
 			}
 		})
 	}
-	f := newFamily(b, "kvof_pool_device_lost", "gauge", "1 for a device of a pool that is lost.")
+	f := newFamily(b, "kvof_eviction_age_seconds", "histogram", "Time from a value's Store to its eviction for capacity.")
+	served(s, func(n target.NamespaceStatus, labels ...string) {
+		if n.Store != nil {
+			a := n.Store.EvictionAge
+			f.histogram(a.Bounds, a.Counts, float64(a.Sum), labels...)
+		}
+	})
+	f = newFamily(b, "kvof_pool_device_lost", "gauge", "1 for a device of a pool that is lost.")
 	for _, p := range s.Pools {
 		for _, d := range p.Devices {
 			v := 0.0
@@ -221,7 +228,9 @@ func commandMetrics(b *bytes.Buffer, s target.Status) {
 	f = newFamily(b, "kvof_command_errors_total", "counter", "Commands that ended with an error; an absent or present key is none.")
 	commands(func(c target.CommandStats, labels ...string) { f.sample(float64(c.Errors), labels...) })
 	f = newFamily(b, "kvof_command_duration_seconds", "histogram", "Time from a command's arrival to its completion.")
-	commands(func(c target.CommandStats, labels ...string) { f.histogram(c.Latency, labels...) })
+	commands(func(c target.CommandStats, labels ...string) {
+		f.histogram(c.Latency.Bounds, c.Latency.Counts, c.Latency.Sum.Seconds(), labels...)
+	})
 }
 
 // processMetrics writes what Prometheus's own client libraries do about every process, under the same names.

@@ -114,11 +114,18 @@ type StoreStatus struct {
 	Written            uint64            `json:"written"` // bytes of records that Stores wrote
 	Moved              uint64            `json:"moved"`   // bytes of records that reclaiming wrote again
 	WriteAmplification float64           `json:"write_amplification"`
-	Reclaimed          uint64            `json:"reclaimed"`            // segments
-	Evictions          map[string]uint64 `json:"evictions"`            // values, by reason
-	EvictionAge        float64           `json:"eviction_age_seconds"` // of all values evicted for capacity, summed
+	Reclaimed          uint64            `json:"reclaimed"` // segments
+	Evictions          map[string]uint64 `json:"evictions"` // values, by reason
+	EvictionAge        EvictionAges      `json:"eviction_age"`
 	NotAdmitted        uint64            `json:"not_admitted"`
 	Scrubbed           uint64            `json:"scrubbed"` // bytes verified in the background; of the whole pool
+}
+
+// EvictionAges counts how old values were when they were evicted for capacity.
+type EvictionAges struct {
+	Sum    uint64          `json:"sum_seconds"`
+	Bounds []time.Duration `json:"bounds_ns"` // upper bounds, exclusive
+	Counts []uint64        `json:"counts"`    // one for each bound, and one more for what is above
 }
 
 // CommandStats counts the commands with one opcode since the namespace was opened.
@@ -229,7 +236,7 @@ func (n *namespace) fill(s *NamespaceStatus) {
 		s.Store = &StoreStatus{Keys: k.Keys, MaxValue: k.MaxValue, Hits: k.Hits, Misses: k.Misses, Corrupt: k.Corrupt,
 			Pool: n.Pool, Eviction: string(cmp.Or(n.Eviction, configs.EvictClock)), Quota: int64(n.Quota), Share: int64(n.Share), Segments: map[string]int{},
 			IndexBytes: k.IndexBytes, Written: k.Written, Moved: k.Moved, WriteAmplification: k.WriteAmplification(), Reclaimed: k.Reclaimed,
-			Evictions: map[string]uint64{}, EvictionAge: k.EvictionAge.Seconds(), NotAdmitted: k.NotAdmitted, Scrubbed: k.Scrubbed}
+			Evictions: map[string]uint64{}, EvictionAge: EvictionAges{k.EvictionAge, kvlayer.EvictionAgeBounds[:], k.EvictionAges[:]}, NotAdmitted: k.NotAdmitted, Scrubbed: k.Scrubbed}
 		for i, n := range k.Evictions {
 			s.Store.Evictions[kvlayer.EvictionReasons[i]] = n
 		}

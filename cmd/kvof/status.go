@@ -237,7 +237,7 @@ func storeTable(sub *target.SubsystemStatus) string {
 			evicted += v
 		}
 		if v := k.Evictions["capacity"]; v > 0 {
-			age = time.Duration(k.EvictionAge/float64(v)) * time.Second
+			age = time.Duration(k.EvictionAge.Sum/v) * time.Second
 		}
 		fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\t%v\t%s\t%.2f\t%s\t%d\n", n.NSID, cmp.Or(k.Pool, "own"), k.Eviction, humanize.Comma(int64(k.Hits)), humanize.Comma(int64(k.Misses)),
 			humanize.Comma(int64(evicted)), age, humanize.IBytes(k.Written), k.WriteAmplification, humanize.IBytes(uint64(k.IndexBytes)), k.Corrupt)

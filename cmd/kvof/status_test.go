@@ -34,7 +34,7 @@ func (statusSource) Status() target.Status {
 		Arena:  uring.ArenaStats{Size: 256 << 20, Small: uring.ClassStats{Free: 2047, Used: 1}, Large: uring.ClassStats{Free: 896, Waits: 2}},
 		Subsystems: []target.SubsystemStatus{{NQN: "nqn.2026-11.dev.kvof:embedded", AllowAnyHost: true, Namespaces: []target.NamespaceStatus{
 			{NSID: 1, Type: configs.KeyValue, State: target.NamespaceServed, Used: 4 << 30, Capacity: 16 << 30, Store: &target.StoreStatus{Keys: 2048, Pool: "fast", Eviction: "clock", Hits: 1200, Misses: 30, Written: 5 << 30,
-				WriteAmplification: 1.25, Evictions: map[string]uint64{"capacity": 10, "lost": 2}, EvictionAge: 36000, IndexBytes: 1 << 20, Corrupt: 1},
+				WriteAmplification: 1.25, Evictions: map[string]uint64{"capacity": 10, "lost": 2}, EvictionAge: target.EvictionAges{Sum: 36000}, IndexBytes: 1 << 20, Corrupt: 1},
 				Device:   uring.DeviceInfo{Kind: "file", Path: "kv.img", Direct: true, Registered: 1, Warnings: []string{"the drive is slow: buy another"}},
 				Commands: []target.CommandStats{{Name: "store", Errors: 1, Latency: hist}, {Name: "retrieve"}}},
 			{NSID: 2, Type: configs.Block, State: target.NamespaceServed, Capacity: 4 << 30, ReadOnly: true, Device: uring.DeviceInfo{Kind: "memory"}},
