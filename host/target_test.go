@@ -94,6 +94,67 @@ func TestOwnTarget(t *testing.T) {
 	}
 }
 
+// TestOwnTargetRanges stores values in one command and reads them by paths that carry less, while they are replaced too.
+func TestOwnTargetRanges(t *testing.T) {
+	_, ways := serveBoth(t, rdmatest.DefaultCaps())
+	for way, o := range ways {
+		c, err := host.Connect(t.Context(), o)
+		if err != nil {
+			t.Fatal(way, err)
+		}
+		t.Cleanup(func() { c.Close() })
+		kv, err := c.KV(t.Context(), 1)
+		if err != nil {
+			t.Fatal(way, err)
+		}
+		key := []byte("key of " + way)
+		for i, n := range []int{1<<20 + 1, 5<<20 + 7, 16 << 20} {
+			want := fill(n, byte(i))
+			if err := kv.Store(t.Context(), key, want, host.StoreAlways); err != nil {
+				t.Fatal(way, n, err)
+			}
+			for _, limit := range []uint64{1 << 20, 1020 << 10, 300_000} {
+				var got bytes.Buffer
+				if size, err := kv.Narrow(limit).Values(0).RetrieveTo(t.Context(), key, &got); size != int64(n) || err != nil || !bytes.Equal(got.Bytes(), want) {
+					t.Fatalf("%s, %d bytes by %d: %d, %v", way, n, limit, size, err)
+				}
+			}
+		}
+		values := [][]byte{fill(3<<20, 1), fill(3<<20, 2)}
+		if err := kv.Store(t.Context(), key, values[1], host.StoreAlways); err != nil {
+			t.Fatal(way, err)
+		}
+		var writer sync.WaitGroup
+		stop := make(chan bool)
+		writer.Go(func() {
+			for i := 0; ; i++ {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if err := kv.Store(t.Context(), key, values[i%2], host.StoreAlways); err != nil {
+					t.Error(way, err)
+					return
+				}
+			}
+		})
+		buf, whole := make([]byte, 3<<20), 0
+		for range 20 {
+			switch _, err := kv.Narrow(256<<10).Values(0).Retrieve(t.Context(), key, buf); {
+			case errors.Is(err, host.ErrReplaced):
+			case err != nil || !bytes.Equal(buf, values[0]) && !bytes.Equal(buf, values[1]):
+				t.Error(way, "neither value", err)
+			default:
+				whole++
+			}
+		}
+		close(stop)
+		writer.Wait()
+		t.Logf("%s: %d of 20 values read while they were replaced", way, whole)
+	}
+}
+
 func fill(n int, seed byte) []byte {
 	b := make([]byte, n)
 	for i := range min(n, 4099) { // no multiple of a page or a piece

@@ -238,9 +238,9 @@ func (r *Reader) corrupt(what string, e entry, off int64) error {
 // Size is the value's full size in bytes.
 func (r *Reader) Size() int64 { return r.size }
 
-// Tag tells the values of a key apart: those stored less than 68 minutes apart
-// have different ones, others almost always. It is never 0, and stays when a
-// value is moved or the store opened again.
+// Tag tells the values of a key apart: those stored less than 68 minutes (2^32
+// sequence numbers) apart have different ones. It is never 0, and stays when
+// a value is moved or the store opened again.
 func (r *Reader) Tag() uint32 { return uint32(1 + r.es[0].seq()%math.MaxUint32) }
 
 // start starts reads as far as window and buffers allow, and what else is in the batch. If must is set and none is in

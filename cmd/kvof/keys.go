@@ -17,24 +17,31 @@ func newExistCommand() *cobra.Command {
 	return newKeysCommand(&cobra.Command{
 		Use:   "exist KEY...",
 		Short: "Tell whether keys are present; exit status 1 when one is absent",
-	}, "exists", func(ctx context.Context, v *host.Values, key []byte) (bool, error) { return v.Exist(ctx, key) })
+	}, "exists", func(ctx context.Context, v *host.Values, keys [][]byte, found []bool) error {
+		return v.KV().ExistMany(ctx, keys, found)
+	})
 }
 
 func newDeleteCommand() *cobra.Command {
 	return newKeysCommand(&cobra.Command{
 		Use:   "delete KEY...",
 		Short: "Delete keys; exit status 1 when one is absent",
-	}, "deleted", func(ctx context.Context, v *host.Values, key []byte) (bool, error) {
-		ok, err := v.Exist(ctx, key) // the target need not tell, when deleting (EDNEK)
-		if !ok || err != nil {
-			return false, err
+	}, "deleted", func(ctx context.Context, v *host.Values, keys [][]byte, found []bool) (err error) {
+		for i, key := range keys {
+			found[i], err = v.Exist(ctx, key) // the target need not tell, when deleting (EDNEK)
+			if found[i] {
+				err = v.Delete(ctx, key)
+			}
+			if err != nil {
+				return storeError(key, err)
+			}
 		}
-		return true, v.Delete(ctx, key)
+		return nil
 	})
 }
 
-// newKeysCommand makes a command that does something with each key, which the result word says.
-func newKeysCommand(cmd *cobra.Command, word string, do func(context.Context, *host.Values, []byte) (bool, error)) *cobra.Command {
+// newKeysCommand makes a command that does something with keys, which the result word says of those that it found.
+func newKeysCommand(cmd *cobra.Command, word string, do func(ctx context.Context, v *host.Values, keys [][]byte, found []bool) error) *cobra.Command {
 	type result struct {
 		keyJSON
 		Result string `json:"result"`
@@ -52,13 +59,13 @@ func newKeysCommand(cmd *cobra.Command, word string, do func(context.Context, *h
 			var all []result
 			var text strings.Builder
 			absent := false
+			found := make([]bool, len(keys))
+			if err := do(ctx, v, keys, found); err != nil {
+				return err
+			}
 			for i, key := range keys {
-				ok, err := do(ctx, v, key)
-				if err != nil {
-					return storeError(key, err)
-				}
 				r := result{newKeyJSON(key), word}
-				if !ok {
+				if !found[i] {
 					r.Result, absent = "absent", true
 				}
 				all = append(all, r)

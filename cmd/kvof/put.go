@@ -44,7 +44,7 @@ func newPutCommand() *cobra.Command {
 	cmd.Flags().BoolVar(&ifAbsent, "if-absent", false, "only if the key is absent")
 	cmd.Flags().BoolVar(&ifExists, "if-exists", false, "only if the key exists")
 	cmd.MarkFlagsMutuallyExclusive("if-absent", "if-exists")
-	cmd.Flags().Var(&part, "part", "split what is larger than this, for readers whose path carries no more (default: only what one command does not carry)")
+	cmd.Flags().Var(&part, "part", "split what is larger than this, for other readers than kvof whose path carries no more (default: only what one command does not carry)")
 	c := newClient(cmd, "queue-depth", defaultQueueDepth)
 	cmd.RunE = func(_ *cobra.Command, args []string) error {
 		key, err := kf.parse(args[0])
