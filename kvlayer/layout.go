@@ -43,6 +43,9 @@ const (
 // less: see Store.MaxValue.
 const MaxValue = maxParts * maxExtent
 
+// Granularity is what a Reader reads and verifies at a time, in bytes.
+const Granularity = pieceSize
+
 var (
 	superMagic   = [8]byte{'k', 'v', 'o', 'f', 's', 't', 'o', 'r'}
 	segmentMagic = [8]byte{'k', 'v', 'o', 'f', 's', 'e', 'g', 'm'}

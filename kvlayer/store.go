@@ -208,6 +208,15 @@ func (s *Store) Exist(k Key) (size int64, ok bool) {
 	return e.size(), true
 }
 
+// Size is the size of k's value in bytes, 0 without one. It counts as no read.
+func (s *Store) Size(k Key) int64 {
+	e, ok := s.lookup(k, 0)
+	if !ok {
+		return 0
+	}
+	return e.size()
+}
+
 // Delete removes k. Once it returns, k is gone for good; Readers that have it
 // open read on. After an error of the device k is as it was, or gone, or will be after a crash.
 func (s *Store) Delete(k Key) (existed bool, err error) {

@@ -16,10 +16,6 @@ const (
 // MaxExistMany is the number of keys that one Exist Many asks for: one for each bit of DW0 and DW1.
 const MaxExistMany = 64
 
-// RangeGranularity is what Retrieve Range reads and verifies at a time, in bytes: ranges that begin and end at multiples of
-// it cost no more than what they return.
-const RangeGranularity = 128 << 10
-
 // Sizes in bytes.
 const (
 	MaxExistManySize = 4 + MaxExistMany*ListKeyMax // Exist Many's data: keys as a List reply has them

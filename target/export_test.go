@@ -13,3 +13,6 @@ func (t *Target) PutDrive(nqn string, nsid uint32, drive *uring.Drive, dev func(
 		}
 	}
 }
+
+// Reads is reads.
+var Reads = reads

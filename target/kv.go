@@ -129,7 +129,7 @@ func retrieve(r *Request) {
 	}
 	limit := int64(c.KVSize())
 	if !n.inline {
-		r.queue.reserve(r, holdFor(int64(offset)%uring.LargeBuf+limit, readHold))
+		r.queue.reserve(r, holdFor(reads(n.store.Size(key(c)), int64(offset), limit), readHold))
 	}
 	if r.reader == nil {
 		r.reader = new(kvlayer.Reader)
@@ -156,6 +156,16 @@ func retrieve(r *Request) {
 		tag = r.reader.Tag()
 	}
 	r.finish(nvmeof.Success, uint32(size), tag)
+}
+
+// reads is how many bytes are read, in whole pieces, for limit bytes from offset on of a value of size bytes, counted from where
+// a large buffer begins.
+func reads(size, offset, limit int64) int64 {
+	if offset >= size || limit == 0 {
+		return 0
+	}
+	end := offset + min(limit, size-offset) + kvlayer.Granularity - 1
+	return min(size, end-end%kvlayer.Granularity) - offset + offset%uring.LargeBuf
 }
 
 func remove(r *Request) {

@@ -49,6 +49,6 @@ func vendorLog() []byte {
 	b := make([]byte, nvmeof.VendorLogSize)
 	nvmeof.EncodeVendorLog(b,
 		nvmeof.VendorCommand{Opcode: nvmeof.OpExistMany, CSI: nvmeof.CSIKV, Version: 1, Limit: nvmeof.MaxExistMany},
-		nvmeof.VendorCommand{Opcode: nvmeof.OpRetrieveRange, CSI: nvmeof.CSIKV, Version: 1, Limit: nvmeof.RangeGranularity})
+		nvmeof.VendorCommand{Opcode: nvmeof.OpRetrieveRange, CSI: nvmeof.CSIKV, Version: 1, Limit: kvlayer.Granularity})
 	return b
 }
