@@ -79,6 +79,7 @@ func blockCommand(r *Request) {
 		r.proceed(writeZeroes)
 	case op == nvmeof.OpVerify && n.forwards(nvmeof.ONCSVerify):
 		r.proceed(verify)
+	case op == nvmeof.OpRead && readPiece(r):
 	case op == nvmeof.OpRead, op == nvmeof.OpVerify:
 		r.proceed(read)
 	case op == nvmeof.OpCompare:
@@ -117,6 +118,32 @@ func read(r *Request) {
 		}
 	}
 	r.complete(nvmeof.Success, 0)
+}
+
+// readPiece begins a read of one piece of memory without a goroutine that waits for it, where there is room at once: the
+// connection gets the piece from whoever takes the device's completions.
+func readPiece(r *Request) bool {
+	s := r.stream
+	if r.Batch == nil || r.ns.inline || s.left > uring.LargeBuf || !r.queue.tryReserve(r, holdFor(s.left, readHold)) {
+		return false
+	}
+	if r.ended == nil {
+		r.ended = r.pieceRead
+	}
+	r.Async, s.then = true, r.ended
+	r.Batch.Add(s.ns.dev, s.prepare(uring.OpRead, s.ns.arena.Get(int(s.left))))
+	return true
+}
+
+// pieceRead ends readPiece.
+func (r *Request) pieceRead(err error) {
+	b := r.stream.take()
+	if err != nil {
+		b.Put()
+	} else {
+		r.send(b, true)
+	}
+	r.complete(statusOf(err), 0)
 }
 
 // write brings the data of Write and Compare.
@@ -308,7 +335,8 @@ type stream struct {
 	op        uint8
 	off, left int64 // the part not yet started
 	control   uint16
-	err       error // the first
+	err       error       // the first
+	then      func(error) // ends the operations; nil: they are waited for
 
 	ops        [window]uring.Op
 	bufs       [window]uring.Buf
@@ -319,7 +347,7 @@ type stream struct {
 }
 
 func (s *stream) reset(n *namespace, op uint8, off, length int64, dw12 uint32) {
-	s.ns, s.op, s.off, s.left, s.control, s.err = n, op, off, length, control(dw12), nil
+	s.ns, s.op, s.off, s.left, s.control, s.err, s.then = n, op, off, length, control(dw12), nil, nil
 }
 
 func (s *stream) busy() int { return s.tail - s.head }
@@ -331,34 +359,42 @@ func (s *stream) start(kind uring.OpKind, b uring.Buf) {
 }
 
 // add is start, but that Submit is left to the caller.
-func (s *stream) add(kind uring.OpKind, b uring.Buf) {
+func (s *stream) add(kind uring.OpKind, b uring.Buf) { s.batch.Add(s.ns.dev, s.prepare(kind, b)) }
+
+// prepare returns the operation on the next piece.
+func (s *stream) prepare(kind uring.OpKind, b uring.Buf) *uring.Op {
 	i := s.tail % window
 	s.bufs[i] = b
 	op := &s.ops[i]
-	op.Kind, op.Off, op.Data, op.Control = kind, s.off, b.Data, s.control
+	op.Kind, op.Off, op.Data, op.Control, op.Then = kind, s.off, b.Data, s.control, s.then
 	s.off += int64(len(b.Data))
 	s.left -= int64(len(b.Data))
 	s.tail++
-	s.batch.Add(s.ns.dev, op)
+	return op
 }
 
 // whole does an operation without data on the range.
 func (s *stream) whole(kind uring.OpKind) error {
 	op := &s.ops[0]
-	op.Kind, op.Off, op.Len, op.Data, op.Control = kind, s.off, s.left, nil, s.control
+	op.Kind, op.Off, op.Len, op.Data, op.Control, op.Then = kind, s.off, s.left, nil, s.control, nil
 	return op.Do(s.ns.dev)
 }
 
 // retire waits for the oldest operation and returns its piece.
 func (s *stream) retire() uring.Buf {
-	i := s.head % window
-	err := s.ops[i].Wait()
-	s.head++
-	b := s.bufs[i]
-	s.bufs[i] = uring.Buf{}
+	err := s.ops[s.head%window].Wait()
 	if s.err == nil {
 		s.err = err
 	}
+	return s.take()
+}
+
+// take returns the piece of the oldest operation, which is over.
+func (s *stream) take() uring.Buf {
+	i := s.head % window
+	s.head++
+	b := s.bufs[i]
+	s.bufs[i] = uring.Buf{}
 	return b
 }
 

@@ -66,6 +66,18 @@ func (p *pool) take(h hold) {
 	}
 }
 
+// tryTake is take for callers that cannot wait: false means that somebody does.
+func (p *pool) tryTake(h hold) bool {
+	if h.large > 0 && !p.large.TryAcquire(h.large) {
+		return false
+	}
+	if h.small > 0 && !p.small.TryAcquire(h.small) {
+		p.large.Release(h.large)
+		return false
+	}
+	return true
+}
+
 func (p *pool) give(h hold) {
 	p.large.Release(h.large)
 	p.small.Release(h.small)

@@ -125,6 +125,21 @@ func (q *Queue) reserve(r *Request, h hold) {
 	}
 }
 
+// tryReserve is reserve for callers that cannot wait.
+func (q *Queue) tryReserve(r *Request, h hold) bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.spent+h.bytes() > queueBudget || !q.target.pool.tryTake(h) {
+		return false
+	}
+	q.spent += h.bytes()
+	r.hold = h
+	if r.room == nil {
+		r.room = make(chan struct{}, sendWindow)
+	}
+	return true
+}
+
 // giveBack ends r's reservation: it holds nothing of the arena any more.
 func (q *Queue) giveBack(r *Request) {
 	if r.hold != (hold{}) {

@@ -58,6 +58,10 @@ type Op struct {
 	Placement uint16 // of a Write: the namespace's placement handle, from 1 to DeviceInfo.Placements; 0: the device's default
 	Control   uint16 // bits 31:16 of the command's CDW12, such as FUA (bit 14) and Deallocate (bit 9)
 
+	// Then, when set, is called with the result as soon as there is one, and nobody Waits: by whoever takes the device's
+	// completions, or submits. It must not block.
+	Then func(error)
+
 	done   chan struct{}
 	err    error
 	engine *engine // that does it, of devices that have one
@@ -137,6 +141,11 @@ func (o *Op) Begin() {
 // Complete ends o with err. Only implementations of Device call it, once after
 // each Begin; o may be reused by its owner from then on.
 func (o *Op) Complete(err error) {
+	if o.Then != nil {
+		o.busy = false
+		o.Then(err)
+		return
+	}
 	o.err = err
 	o.done <- struct{}{}
 }

@@ -173,24 +173,40 @@ func (g *engine) Submit(ops ...*Op) {
 		o.Begin()
 		o.engine = g
 	}
+	var refused queue
 	g.mu.Lock()
 	for _, o := range ops {
 		if g.closing {
-			o.Complete(ErrClosed)
+			o.err = ErrClosed
+			refused.push(o)
 		} else if err := o.check(g.size, g.align, g.kinds); err != nil {
-			o.Complete(err)
+			o.err = err
+			refused.push(o)
 		} else if g.skips.has(o.Kind) || o.size() == 0 && o.Kind != OpFlush && o.Kind != OpCopy {
-			o.Complete(nil)
+			refused.push(o)
 		} else if g.down != nil {
-			o.Complete(g.down)
+			o.err = g.down
+			refused.push(o)
 		} else {
 			g.pending.push(o)
+			if o.Then != nil {
+				g.entrust()
+			}
 		}
 	}
 	if g.pending.head != nil {
 		g.kick()
 	}
 	g.mu.Unlock()
+	refused.complete()
+}
+
+// entrust leaves, with the mutex, the completion of an op to the completion goroutine, as a waiter that parks does.
+func (g *engine) entrust() {
+	g.parked.Add(1)
+	if !g.reaping.Load() { // who does will see that there is more
+		g.notify()
+	}
 }
 
 // kick moves pending ops into the ring as far as there are slots. Callers hold
@@ -407,6 +423,9 @@ func (g *engine) take(c completion, done *queue) {
 	s := &g.slots[c.slot]
 	switch v := g.driver.advance(s, c.res); {
 	case v == given:
+		if s.op.Then != nil {
+			g.parked.Add(-1)
+		}
 		*s = slot{}
 		g.free = append(g.free, c.slot)
 	case v != ended && g.down != nil:
@@ -451,12 +470,20 @@ func (g *engine) finish(i uint32, done *queue) {
 			}
 		}
 		if o.parts == 0 && (o.pos == o.size() || o.err != nil) {
-			done.push(o)
+			g.end(o, done)
 		}
 		o = next
 	}
 	*s = slot{}
 	g.free = append(g.free, i)
+}
+
+// end adds, with the mutex, an op that is over to done.
+func (g *engine) end(o *Op, done *queue) {
+	if o.Then != nil {
+		g.parked.Add(-1)
+	}
+	done.push(o)
 }
 
 // fail ends every op that has no command in the ring, and all that come, with
@@ -468,7 +495,7 @@ func (g *engine) fail(err error) {
 		for g.pending.head != nil {
 			o := g.pending.pop()
 			if o.err = err; o.parts == 0 {
-				done.push(o)
+				g.end(o, &done)
 			}
 		}
 		for _, i := range g.again {

@@ -2,6 +2,7 @@ package uring
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -193,4 +194,48 @@ func TestBatch(t *testing.T) {
 	if n := testing.AllocsPerRun(100, func() { b.Add(devs[0].Device, o); b.Submit(); _ = o.Wait() }); n != 0 {
 		t.Errorf("%v allocations", n)
 	}
+}
+
+// TestThen has ops end by a call, beside others that are waited for.
+func TestThen(t *testing.T) {
+	devices(t, func(t *testing.T, d Device, a *Arena) {
+		const ops = 200
+		ended := make(chan error, ops)
+		all := make([]Op, ops)
+		b := a.Get(SmallBuf)
+		defer b.Put()
+		for i := range all {
+			o := &all[i]
+			o.Kind, o.Off, o.Data, o.Then = OpRead, int64(i)*4096, b.Data[:4096], func(err error) { ended <- err }
+			if i%10 == 0 {
+				o.Off = testSize // outside
+			}
+			o.Start(d)
+			if i%7 == 0 {
+				var w Op
+				w.Kind = OpFlush
+				if err := w.Do(d); err != nil {
+					t.Error(err)
+				}
+			}
+		}
+		bad := 0
+		for range all {
+			if err := <-ended; errors.Is(err, ErrInvalid) {
+				bad++
+			} else if err != nil {
+				t.Error(err)
+			}
+		}
+		if bad != ops/10 {
+			t.Errorf("%d of %d bad ops refused", bad, ops/10)
+		}
+		for i := range 50 { // one at a time, and again
+			all[i].Off = 0
+			all[i].Start(d)
+			if err := <-ended; err != nil {
+				t.Error(err)
+			}
+		}
+	})
 }

@@ -10,6 +10,7 @@ import (
 
 	"github.com/kvof/kvof/nvmeof"
 	"github.com/kvof/kvof/rdma"
+	"github.com/kvof/kvof/uring"
 )
 
 const (
@@ -46,11 +47,12 @@ type lane struct {
 	// The goroutine's own.
 	wc      [pollBatch]rdma.WC
 	batch   rdma.Batch
-	recv    *receives // whose chain is the last of batch
-	dirty   []*conn   // have something to post
-	posting []*conn   // have a chain in batch
-	chains  []int     // of those
-	ended   []entry   // scratch
+	recv    *receives   // whose chain is the last of batch
+	dirty   []*conn     // have something to post
+	posting []*conn     // have a chain in batch
+	chains  []int       // of those
+	ended   []entry     // scratch
+	reads   uring.Batch // that the commands of this turn begin
 	score   int
 
 	lag              *time.Timer
@@ -394,6 +396,7 @@ func (l *lane) turn() int {
 	for i := range l.wc[:n] {
 		l.handle(&l.wc[i])
 	}
+	l.reads.Submit()
 	return n
 }
 
