@@ -555,6 +555,7 @@ func TestRDMA(t *testing.T) {
 	if n := rdmaPath.beats.Load(); n < 8*6 {
 		t.Errorf("%d commands over RDMA", n)
 	}
+	eventually(t, "the path over TCP", func() bool { return c.Counters().PathsUp == 2 })
 	rdmaPath.drop(rdmaPath.live.Load(), errors.New("test"))
 	want(t, do(t, c, op(t, c, Get, long[1:]+"0", out[:len(v)]))[0], OK, uint64(len(v)))
 	eventually(t, "RDMA again, with the memory registered", func() bool { return c.Counters().PathsUp == 2 })
