@@ -13,98 +13,66 @@ import (
 	"time"
 
 	"github.com/kvof/kvof/uring"
+	"github.com/kvof/kvof/uring/uringtest"
 )
 
-// disk is a device of blocks in memory that tests can stop, tear and damage.
+// disk is a device over memory that tests can look at, damage, and let fail. Its ops are carried out as uringtest does.
 type disk struct {
+	*uringtest.Device
 	mu     sync.Mutex
 	mem    []byte
-	ops    int     // completed, or dropped after the crash
-	crash  int     // the op that is torn, after which nothing is written; 0: never
-	torn   float64 // the part of that op's data that is written
 	fail   func(*uring.Op) error
 	jitter bool // complete out of order
-
-	cached  bool // writes are volatile until a flush
-	pending []pendingWrite
-	durable []byte
 }
 
-type pendingWrite struct {
-	off  int64
-	data []byte
+// platter is what lies below uringtest's device.
+type platter disk
+
+func newDisk(size int64) *disk {
+	d := &disk{mem: make([]byte, size)}
+	d.Device = uringtest.Wrap((*platter)(d), d.fault)
+	return d
 }
 
-// powerCut loses any of the writes since the last flush.
-func (d *disk) powerCut(rnd *rand.Rand) {
-	copy(d.mem, d.durable)
-	for _, w := range d.pending {
-		if rnd.IntN(2) == 0 {
-			copy(d.mem[w.off:], w.data)
-		}
-	}
-	d.pending = nil
-	copy(d.durable, d.mem)
-}
-
-func newDisk(size int64) *disk { return &disk{mem: make([]byte, size)} }
-
-func (d *disk) flushed() {
-	for _, w := range d.pending {
-		copy(d.durable[w.off:], w.data)
-	}
-	d.pending = nil
-}
-
-func (d *disk) Submit(ops ...*uring.Op) {
-	for _, o := range ops {
-		o.Begin()
-		if d.jitter && rand.IntN(2) == 0 {
-			go func() { o.Complete(d.do(o)) }()
-		} else {
-			o.Complete(d.do(o))
-		}
-	}
-}
-
-func (d *disk) do(o *uring.Op) error {
-	if o.Kind != uring.OpFlush && (o.Off%block != 0 || len(o.Data)%block != 0 || o.Off+int64(len(o.Data)) > int64(len(d.mem))) {
-		return uring.ErrInvalid
-	}
+func (d *disk) fault(o *uring.Op) (f uringtest.Fault) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.ops++
 	if d.fail != nil {
-		if err := d.fail(o); err != nil {
-			return err
-		}
+		f.Err = d.fail(o)
 	}
-	at := d.mem[o.Off:]
+	if d.jitter {
+		f.Late = rand.IntN(3)
+	}
+	return f
+}
+
+func (p *platter) Submit(ops ...*uring.Op) {
+	for _, o := range ops {
+		o.Begin()
+		o.Complete(p.do(o))
+	}
+}
+
+func (p *platter) do(o *uring.Op) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	switch {
+	case o.Kind == uring.OpFlush:
+	case o.Off+int64(len(o.Data)) > int64(len(p.mem)):
+		return uring.ErrInvalid
 	case o.Kind == uring.OpRead:
-		copy(o.Data, at)
-	case o.Kind == uring.OpWrite && d.crash > 0 && d.ops > d.crash:
-	case o.Kind == uring.OpWrite && d.crash > 0 && d.ops == d.crash:
-		copy(at, o.Data[:int(float64(len(o.Data))*d.torn)])
+		copy(o.Data, p.mem[o.Off:])
 	case o.Kind == uring.OpWrite:
-		copy(at, o.Data)
-		if d.cached {
-			d.pending = append(d.pending, pendingWrite{o.Off, bytes.Clone(o.Data)})
-		}
-	case o.Kind == uring.OpFlush && d.cached:
-		d.flushed()
+		copy(p.mem[o.Off:], o.Data)
 	}
 	return nil
 }
 
-// crashIn has the nth op from now on be the last, of which a part is torn; 0: none.
-func (d *disk) crashIn(n int, torn float64) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.crash, d.torn = d.ops+n, torn; n == 0 {
-		d.crash = 0
-	}
-}
+func (p *platter) View(off, n int64) []byte { return nil }
+func (p *platter) Size() int64              { return int64(len(p.mem)) }
+func (p *platter) BlockSize() int           { return block }
+func (p *platter) Info() uring.DeviceInfo   { return uring.DeviceInfo{Kind: "test"} }
+func (p *platter) Close() error             { return nil }
 
 func (d *disk) clone(from, to int64) []byte {
 	d.mu.Lock()
@@ -118,18 +86,6 @@ func (d *disk) failing(f func(*uring.Op) error) {
 	defer d.mu.Unlock()
 	d.fail = f
 }
-
-func (d *disk) crashed() bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.crash > 0 && d.ops >= d.crash
-}
-
-func (d *disk) View(off, n int64) []byte { return nil }
-func (d *disk) Size() int64              { return int64(len(d.mem)) }
-func (d *disk) BlockSize() int           { return block }
-func (d *disk) Info() uring.DeviceInfo   { return uring.DeviceInfo{Kind: "test"} }
-func (d *disk) Close() error             { return nil }
 
 func TestMain(m *testing.M) {
 	waitForSpace = 20 * time.Millisecond // tests hold space of their own doing

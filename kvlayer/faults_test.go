@@ -1,4 +1,4 @@
-package kvlayer_test
+package kvlayer
 
 import (
 	"bytes"
@@ -6,7 +6,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"runtime"
 	"slices"
@@ -16,7 +15,6 @@ import (
 
 	"github.com/google/uuid"
 
-	"github.com/kvof/kvof/kvlayer"
 	"github.com/kvof/kvof/uring"
 	"github.com/kvof/kvof/uring/uringtest"
 )
@@ -95,7 +93,7 @@ type tally struct {
 	lost                                  int // values gone by damage
 	missing                               int // values gone for room, or never kept
 	faults                                uringtest.Count
-	stats                                 kvlayer.Stats // some of it, summed
+	stats                                 Stats // some of it, summed
 }
 
 func (s *tally) add(o tally) {
@@ -112,7 +110,7 @@ func (s *tally) add(o tally) {
 	s.count(o.stats)
 }
 
-func (s *tally) count(o kvlayer.Stats) {
+func (s *tally) count(o Stats) {
 	s.stats.Reclaimed += o.Reclaimed
 	s.stats.Moved += o.Moved
 	s.stats.NotAdmitted += o.NotAdmitted
@@ -122,7 +120,7 @@ func (s *tally) count(o kvlayer.Stats) {
 }
 
 // room is how many values the store says it has evicted for room, or not kept.
-func room(o kvlayer.Stats) int { return int(o.Evictions[0] + o.NotAdmitted) }
+func room(o Stats) int { return int(o.Evictions[0] + o.NotAdmitted) }
 
 func (s *tally) check(t *testing.T, c trouble) {
 	r := c.rates
@@ -159,9 +157,9 @@ type faultRun struct {
 	devs   []*uringtest.Device
 	dev    *uringtest.Device // the first: they end together
 	arena  *uring.Arena
-	o      kvlayer.Options
-	pool   *kvlayer.Pool
-	s      *kvlayer.Store
+	o      Options
+	pool   *Pool
+	s      *Store
 	keys   []fate
 	id     uint64 // of the newest value
 	rotten bool   // bits have flipped on a device
@@ -174,7 +172,7 @@ const late = 6 // ops that may overtake another
 func runFaults(t *testing.T, c trouble, seed uint64) tally {
 	r := &faultRun{T: t, trouble: c, rnd: rand.New(rand.NewPCG(seed, 0))}
 	r.keys = make([]fate, 6+r.rnd.IntN(30))
-	r.o = kvlayer.Options{Eviction: kvlayer.Eviction(r.rnd.IntN(5)), Flushed: r.rnd.IntN(4) == 0, Strict: r.rnd.IntN(2) == 0}
+	r.o = Options{Eviction: Eviction(r.rnd.IntN(5)), Flushed: r.rnd.IntN(4) == 0, Strict: r.rnd.IntN(2) == 0}
 	var err error
 	if r.arena, err = uring.NewArena(8 << 20); err != nil {
 		t.Fatal(err)
@@ -257,7 +255,7 @@ func (r *faultRun) tryOpen() (err error) {
 	for i, d := range r.devs {
 		devs[i] = d
 	}
-	if r.pool, err = kvlayer.OpenPool(devs, r.arena, kvlayer.PoolOptions{}); err == nil {
+	if r.pool, err = OpenPool(devs, r.arena, PoolOptions{}); err == nil {
 		r.s, err = r.pool.Store(uuid.Nil, r.o)
 	}
 	return err
@@ -302,7 +300,7 @@ func (r *faultRun) end() {
 
 // use works with the store until the cut.
 func (r *faultRun) use() {
-	var w [3]kvlayer.Writer // in progress together
+	var w [3]Writer // in progress together
 	var key [3]int
 	var ids [3]uint64
 	for step := 0; !r.dev.Off() && step < 300; step++ {
@@ -320,11 +318,11 @@ func (r *faultRun) use() {
 			r.burst()
 		case ids[i] == 0:
 			r.id++
-			switch err := r.s.Create(&w[i], faultKey(k), int64(sizeOf(r.id)), kvlayer.StoreAlways); {
+			switch err := r.s.Create(&w[i], faultKey(k), int64(sizeOf(r.id)), StoreAlways); {
 			case err == nil:
 				key[i], ids[i] = k, r.id
-				fillWriter(&w[i], r.id)
-			case errors.Is(err, kvlayer.ErrNoSpace):
+				send(&w[i], valueOf(r.id))
+			case errors.Is(err, ErrNoSpace):
 				r.delete(k)
 			case !r.dev.Off() && !r.damages():
 				r.Fatalf("create: %v", err)
@@ -362,7 +360,7 @@ func (r *faultRun) burst() {
 					b.retrieve(k)
 				default:
 					b.id++
-					b.stored(k, b.id, store(b.s, faultKey(k), b.id))
+					b.stored(k, b.id, put(b.s, faultKey(k), valueOf(b.id), StoreAlways))
 				}
 			}
 			done <- b.tally
@@ -380,7 +378,7 @@ func (r *faultRun) stored(k int, id uint64, err error) {
 	case err == nil && !r.dev.Off():
 		r.set(f, id)
 		r.stores++
-	case errors.Is(err, kvlayer.ErrNoSpace) && !errors.Is(err, uring.ErrNoSpace):
+	case errors.Is(err, ErrNoSpace) && !errors.Is(err, uring.ErrNoSpace):
 	default:
 		f.doubt = append(f.doubt, id)
 		r.failed("store", err)
@@ -393,7 +391,7 @@ func (r *faultRun) delete(k int) {
 	switch {
 	case err == nil && !existed:
 		if f.now != 0 && !slices.Contains(f.doubt, 0) && !r.dev.Off() {
-			r.gone(k, kvlayer.ErrNotFound)
+			r.gone(k, ErrNotFound)
 		}
 	case err == nil && !r.dev.Off():
 		r.set(f, 0)
@@ -412,7 +410,7 @@ func (r *faultRun) pin(k int) {
 	switch err := r.s.Pin(faultKey(k), on); {
 	case err == nil:
 		f.pin = on && !r.dev.Off()
-	case !errors.Is(err, kvlayer.ErrNotFound) && !errors.Is(err, kvlayer.ErrCorrupt):
+	case !errors.Is(err, ErrNotFound) && !errors.Is(err, ErrCorrupt):
 		r.failed("pin", err)
 	case f.now != 0 && !slices.Contains(f.doubt, 0) && !r.dev.Off():
 		r.gone(k, err)
@@ -442,12 +440,12 @@ func (r *faultRun) failed(what string, err error) {
 // retrieve reads a key and compares it with what may be there.
 func (r *faultRun) retrieve(k int) {
 	f := &r.keys[k]
-	got, err := retrieve(r.s, faultKey(k))
+	got, err := get(r.s, faultKey(k), MaxValue)
 	switch {
 	case err != nil && r.dev.Off():
 	case err != nil:
 		for _, id := range append(f.doubt, f.now) {
-			if id == 0 && errors.Is(err, kvlayer.ErrNotFound) {
+			if id == 0 && errors.Is(err, ErrNotFound) {
 				r.settle(f, 0)
 				return
 			}
@@ -477,7 +475,7 @@ func (r *faultRun) set(f *fate, id uint64) {
 	switch was := f.now; {
 	case !r.damaged():
 		f.doubt = nil
-	case id != 0 && r.o.Eviction == kvlayer.EvictSecondTouch: // not kept, and what was there could not be read
+	case id != 0 && r.o.Eviction == EvictSecondTouch: // not kept, and what was there could not be read
 		f.doubt = append(f.doubt, was)
 	default:
 		f.doubt = nil
@@ -505,7 +503,7 @@ func (r *faultRun) gone(k int, err error) {
 	case r.damaged() || f.loose:
 		r.lost++
 		f.doubt = append(f.doubt, 0)
-	case r.o.Eviction != kvlayer.EvictNever && !f.pin && errors.Is(err, kvlayer.ErrNotFound):
+	case r.o.Eviction != EvictNever && !f.pin && errors.Is(err, ErrNotFound):
 		r.missing++
 		if f.now, f.doubt = 0, nil; r.power {
 			f.since = append(f.since, 0)
@@ -517,13 +515,13 @@ func (r *faultRun) gone(k int, err error) {
 
 // check looks at all keys, in all the ways there are.
 func (r *faultRun) check() {
-	listed := map[kvlayer.Key]int64{}
-	r.s.List(kvlayer.Key{}, func(k kvlayer.Key, size int64) bool {
+	listed := map[Key]int64{}
+	r.s.List(Key{}, func(k Key, size int64) bool {
 		listed[k] = size
 		return true
 	})
-	pinned := map[kvlayer.Key]bool{}
-	r.s.Pinned(func(k kvlayer.Key, _ int64) bool {
+	pinned := map[Key]bool{}
+	r.s.Pinned(func(k Key, _ int64) bool {
 		pinned[k] = true
 		return true
 	})
@@ -537,7 +535,7 @@ func (r *faultRun) check() {
 		}
 		size, ok := r.s.Exist(faultKey(k))
 		n, was := listed[faultKey(k)]
-		if evicted := was && !ok && r.o.Eviction != kvlayer.EvictNever; (was != ok || n != size) && !evicted {
+		if evicted := was && !ok && r.o.Eviction != EvictNever; (was != ok || n != size) && !evicted {
 			r.Errorf("key %d: Exist says %d, %v; List %d, %v", k, size, ok, n, was)
 		}
 		delete(listed, faultKey(k))
@@ -558,9 +556,9 @@ func (r *faultRun) check() {
 	}
 }
 
-func faultKey(k int) kvlayer.Key {
+func faultKey(k int) Key {
 	b := binary.LittleEndian.AppendUint32([]byte("key"), uint32(k))
-	key, err := kvlayer.MakeKey(b[:4+k%4]) // of different lengths
+	key, err := MakeKey(b[:4+k%4]) // of different lengths
 	if k > 255 || err != nil {
 		panic("too many keys")
 	}
@@ -576,53 +574,11 @@ func sizeOf(id uint64) int {
 
 func valueOf(id uint64) []byte {
 	b := make([]byte, sizeOf(id))
-	word, step := wordsOf(id)
+	r := rand.New(rand.NewPCG(id, 2))
+	word, step := r.Uint64(), r.Uint64()|1
 	for i := range len(b) / 8 {
 		binary.LittleEndian.PutUint64(b[8*i:], word)
 		word += step
 	}
 	return b
-}
-
-// wordsOf are a value's first word, and by how much each is more than the last.
-func wordsOf(id uint64) (word, step uint64) {
-	r := rand.New(rand.NewPCG(id, 2))
-	return r.Uint64(), r.Uint64() | 1
-}
-
-func fillWriter(w *kvlayer.Writer, id uint64) {
-	for v := valueOf(id); len(v) > 0; {
-		n := copy(w.Buffer(70_001), v)
-		w.Filled(n)
-		v = v[n:]
-	}
-}
-
-func store(s *kvlayer.Store, k kvlayer.Key, id uint64) error {
-	var w kvlayer.Writer
-	if err := s.Create(&w, k, int64(sizeOf(id)), kvlayer.StoreAlways); err != nil {
-		return err
-	}
-	fillWriter(&w, id)
-	return w.Commit()
-}
-
-func retrieve(s *kvlayer.Store, k kvlayer.Key) ([]byte, error) {
-	var r kvlayer.Reader
-	if err := s.Open(&r, k, kvlayer.MaxValue); err != nil {
-		return nil, err
-	}
-	defer r.Close()
-	var out []byte
-	for {
-		b, err := r.Next()
-		if err == io.EOF {
-			return out, nil
-		}
-		if err != nil {
-			return nil, err
-		}
-		out = append(out, b.Data...)
-		b.Put()
-	}
 }

@@ -1,10 +1,13 @@
-package kvlayer_test
+// Package linearizable looks for an order in which what several clients saw of a store could have happened: of the store itself,
+// and of one behind a target.
+package linearizable
 
 import (
 	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"path/filepath"
 	"runtime"
@@ -157,8 +160,7 @@ func (d direct) do(t testing.TB, _ int, key []byte, a *action) bool {
 	switch a.kind {
 	case retrieval:
 		var v []byte
-		v, err = retrieve(d.Store, k)
-		if err == nil {
+		if v, err = d.retrieve(k); err == nil {
 			a.id = number(t, v)
 		}
 	case existence:
@@ -173,8 +175,13 @@ func (d direct) do(t testing.TB, _ int, key []byte, a *action) bool {
 	default:
 		var w kvlayer.Writer
 		mode := [...]kvlayer.Mode{storeAlways: kvlayer.StoreAlways, storeIfExists: kvlayer.StoreIfExists, storeIfAbsent: kvlayer.StoreIfAbsent}[a.kind]
-		if err = d.Create(&w, k, int64(sizeOf(a.id)), mode); err == nil {
-			fillWriter(&w, a.id)
+		v := value(a.id)
+		if err = d.Create(&w, k, int64(len(v)), mode); err == nil {
+			for len(v) > 0 {
+				n := copy(w.Buffer(len(v)), v)
+				w.Filled(n)
+				v = v[n:]
+			}
 			runtime.Gosched() // to meet others
 			err = w.Commit()
 		}
@@ -194,6 +201,24 @@ func (d direct) do(t testing.TB, _ int, key []byte, a *action) bool {
 	return true
 }
 
+func (d direct) retrieve(k kvlayer.Key) (v []byte, err error) {
+	var r kvlayer.Reader
+	if err := d.Open(&r, k, kvlayer.MaxValue); err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	for {
+		b, err := r.Next()
+		if err == io.EOF {
+			return v, nil
+		} else if err != nil {
+			return nil, err
+		}
+		v = append(v, b.Data...)
+		b.Put()
+	}
+}
+
 func (d direct) list(t testing.TB, _ int, yield func([]byte) bool) {
 	d.List(kvlayer.Key{}, func(k kvlayer.Key, _ int64) bool { return yield(k.Bytes()) })
 }
@@ -205,7 +230,7 @@ func (r remote) do(t testing.TB, client int, key []byte, a *action) bool {
 	kv, err := r[client], error(nil)
 	switch a.kind {
 	case retrieval:
-		b, n := make([]byte, sizeMax), 0
+		b, n := make([]byte, largest), 0
 		if n, err = kv.Retrieve(t.Context(), key, b); err == nil {
 			a.id = number(t, b[:n])
 		}
@@ -218,7 +243,7 @@ func (r remote) do(t testing.TB, client int, key []byte, a *action) bool {
 		err = kv.Delete(t.Context(), key)
 	default:
 		mode := [...]host.StoreMode{storeAlways: host.StoreAlways, storeIfExists: host.StoreIfExists, storeIfAbsent: host.StoreIfAbsent}[a.kind]
-		err = kv.Store(t.Context(), key, valueOf(a.id), mode)
+		err = kv.Store(t.Context(), key, value(a.id), mode)
 	}
 	switch {
 	case err == nil:
@@ -246,31 +271,29 @@ func (r remote) list(t testing.TB, client int, yield func([]byte) bool) {
 	}
 }
 
-// number finds out which value v is, and that it is that one from its first to
-// its last byte. Empty values tell nothing, so none are stored here.
+const largest = 150_000 // bytes of a value
+
+// value is number id, which it begins with.
+func value(id uint64) []byte {
+	b := make([]byte, [...]int{3000, 60_000, 60_000, largest}[(id+1)%4])
+	for i := range len(b) / 8 {
+		binary.LittleEndian.PutUint64(b[8*i:], id+uint64(i)*(id|1))
+	}
+	return b
+}
+
+// number finds out which value v is, and that it is that one from its first to its last byte.
 func number(t testing.TB, v []byte) uint64 {
 	if len(v) < 8 {
 		t.Errorf("a value of %d bytes", len(v))
 		return 0
 	}
-	id := numbers()[binary.LittleEndian.Uint64(v)]
-	if !bytes.Equal(v, valueOf(id)) {
+	id := binary.LittleEndian.Uint64(v)
+	if !bytes.Equal(v, value(id)) {
 		t.Errorf("a value of %d bytes that begins as number %d, and is not it", len(v), id)
 	}
 	return id
 }
-
-// numbers has the first words of values 1 to mostValues.
-var numbers = sync.OnceValue(func() map[uint64]uint64 {
-	m := map[uint64]uint64{}
-	for id := range uint64(mostValues) {
-		word, _ := wordsOf(id + 1)
-		m[word] = id + 1
-	}
-	return m
-})
-
-const mostValues = 4000
 
 const clients = 5
 
@@ -379,8 +402,7 @@ func TestLinearizable(t *testing.T) {
 					for range ops {
 						a := action{kind: [...]kind{storeAlways, storeAlways, storeIfAbsent, storeIfAbsent, storeIfExists, retrieval, retrieval, retrieval, existence, deletion, deletion}[rnd.IntN(11)], key: rnd.IntN(keys)}
 						if a.kind <= storeIfAbsent {
-							for a.id = id.Add(1); sizeOf(a.id) == 0; a.id = id.Add(1) {
-							}
+							a.id = id.Add(1)
 						}
 						call := clock.Add(1)
 						if u.do(t, c, fmt.Appendf(nil, "%d-%d", round, a.key), &a) {
@@ -407,9 +429,6 @@ func TestLinearizable(t *testing.T) {
 				u.do(t, 0, fmt.Appendf(nil, "%d-%d", round, k), &action{kind: deletion})
 			}
 		}
-		if id.Load() > mostValues {
-			t.Errorf("%d values: mostValues is too low", id.Load())
-		}
 		if overlaps < rounds {
 			t.Errorf("only %d operations met others", overlaps)
 		}
@@ -425,9 +444,7 @@ func TestListStable(t *testing.T) {
 		put := func(client int, k string, id uint64) {
 			u.do(t, client, []byte(k), &action{kind: storeAlways, id: id})
 		}
-		small := uint64(1) // a value of 3000 bytes
-		for ; sizeOf(small) != 3000; small++ {
-		}
+		const small = 3 // a value of 3000 bytes
 		for i := range steady {
 			put(0, fmt.Sprintf("steady%d", i), small)
 		}
