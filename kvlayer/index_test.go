@@ -72,9 +72,9 @@ func TestIndexModel(t *testing.T) {
 			k.b[0] = byte(i / 16)
 			return k
 		}
-		keys := 20000
+		keys := rapid.SampledFrom([]int{500, 2000, 2000, 20_000}).Draw(t, "keys")
 		if kind == 2 {
-			keys = 4096
+			keys = min(keys, 4096)
 		}
 		put := func(i int, size int64) {
 			seq++
@@ -224,7 +224,7 @@ func TestIndexParallel(t *testing.T) {
 // TestIndexSize fills and empties an index in order, as a log does, and at random:
 // the bytes of an entry, and that memory serves again.
 func TestIndexSize(t *testing.T) {
-	const n = 100_000
+	const n = 60_000
 	for name, k := range map[string]func(int) Key{"dense": key, "scattered": scattered} {
 		x := newTestIndex(t)
 		for i := range n {

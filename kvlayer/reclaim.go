@@ -306,6 +306,9 @@ func (d *device) reclaim(g *segment, s *Store, o Options, all bool) (err error) 
 	}
 	if o.Log.Enabled(context.Background(), slog.LevelDebug) { // before it is so: who misses a value finds it in the log
 		for _, v := range evicted {
+			if v.why == reasonDelete {
+				continue
+			}
 			o.Log.Debug("evicted", "key", v.e.key(), "size", v.e.size(), "reason", v.why)
 		}
 	}
