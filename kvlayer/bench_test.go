@@ -3,7 +3,13 @@ package kvlayer
 import (
 	"fmt"
 	"io"
+	"math/rand/v2"
+	"path/filepath"
+	"slices"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/kvof/kvof/uring"
 )
@@ -100,4 +106,179 @@ func BenchmarkExist(b *testing.B) {
 			}
 		}
 	})
+}
+
+// BenchmarkFull compares a full device that evicts all the time with an empty one, a round of both
+// for each iteration (so -benchtime 5x): how fast four workers store values that nobody reads, then how fast three
+// retrieve, while one stores 256 MiB a second. What is retrieved takes a fifth of the device, and is
+// moved again and again when that is full. It reports medians.
+func BenchmarkFull(b *testing.B) {
+	const size = 6 << 30
+	for _, kind := range []string{"memory", "file"} {
+		for _, n := range []int64{64 << 10, 2 << 20, 16 << 20} {
+			b.Run(fmt.Sprintf("%s/%dKiB", kind, n>>10), func(b *testing.B) {
+				a, err := uring.NewArena(32 << 20)
+				if err != nil {
+					b.Fatal(err)
+				}
+				defer a.Close()
+				dev, err := uring.NewMemory(size)
+				if kind == "file" {
+					dev, err = uring.OpenFile(filepath.Join(b.TempDir(), "dev"), uring.FileOptions{Size: size, Arena: a})
+				}
+				if err != nil {
+					b.Skip(err)
+				}
+				defer dev.Close()
+				results := map[string][]float64{}
+				fullRound(b, dev, a, n, map[string][]float64{}) // the device's own first time
+				for b.Loop() {
+					fullRound(b, dev, a, n, results)
+				}
+				b.ReportMetric(0, "ns/op")
+				for name, all := range results {
+					slices.Sort(all)
+					b.ReportMetric(all[len(all)/2], name)
+				}
+			})
+		}
+	}
+}
+
+func fullRound(b *testing.B, dev uring.Device, a *uring.Arena, n int64, results map[string][]float64) {
+	format(b, dev)
+	s, err := Open(dev, a, Options{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer s.Close()
+	hot := int(dev.Size() / 5 / n)
+	f := &fullBench{s: s, n: n, hot: hot}
+	f.next.Store(int64(hot))
+	var w Writer
+	for k := range hot {
+		f.store(b, &w, k)
+	}
+	f.retrieves(b, time.Second) // so that they are known to be hot
+	measure := func() (got [4]float64) {
+		got[0], got[1] = f.stores(b, dev.Size()/8)
+		got[2], got[3] = f.retrieves(b, time.Second)
+		return got
+	}
+	empty := measure()
+	for s.Stats().Evictions[0] == 0 {
+		f.stores(b, dev.Size()/16)
+	}
+	before := s.Stats()
+	full := measure()
+	st := s.Stats()
+	add := func(name string, v float64) { results[name] = append(results[name], v) }
+	for i, op := range []string{"store", "retrieve"} {
+		add(op+"-MB/s", full[2*i])
+		add(op+"-full/empty", full[2*i]/empty[2*i])
+		add(op+"-p99.9-µs", full[2*i+1])
+		add(op+"-p99.9-µs-empty", empty[2*i+1])
+	}
+	add("full-%", float64(st.Used)*100/float64(dev.Size()))
+	add("moved/stored", float64(st.Moved-before.Moved)/float64(st.Written-before.Written))
+	add("waits", float64(s.p.asks))
+}
+
+func format(b *testing.B, dev uring.Device) {
+	op := uring.Op{Kind: uring.OpZero, Len: 128 << 10}
+	if err := op.Do(dev); err != nil {
+		b.Fatal(err)
+	}
+}
+
+type fullBench struct {
+	s    *Store
+	n    int64        // bytes of a value
+	hot  int          // keys below that are retrieved
+	next atomic.Int64 // key to be stored
+}
+
+func (f *fullBench) store(b *testing.B, w *Writer, k int) {
+	if err := f.s.Create(w, mixed(k), f.n, StoreAlways); err != nil {
+		b.Error(err)
+		return
+	}
+	for m := w.Buffer(1 << 20); m != nil; m = w.Buffer(1 << 20) {
+		w.Filled(len(m)) // as the kernel would fill it
+	}
+	if err := w.Commit(); err != nil {
+		b.Error(err)
+	}
+}
+
+// retrieve tells whether the value is there, which it has read.
+func (f *fullBench) retrieve(b *testing.B, r *Reader, k int) bool {
+	if err := f.s.Open(r, mixed(k), f.n); err != nil {
+		return false
+	}
+	defer r.Close()
+	for {
+		m, err := r.Next()
+		if err == io.EOF {
+			return true
+		}
+		if err != nil {
+			b.Error(err)
+			return false
+		}
+		m.Put()
+	}
+}
+
+// stores stores new values of so many bytes, four at a time.
+func (f *fullBench) stores(b *testing.B, bytes int64) (mbs, tail float64) {
+	var left atomic.Int64
+	left.Store(bytes / f.n)
+	return f.run(4, func(_ int, took func(time.Duration)) {
+		var w Writer
+		for left.Add(-1) >= 0 {
+			start := time.Now()
+			f.store(b, &w, int(f.next.Add(1)-1))
+			took(time.Since(start))
+		}
+	})
+}
+
+// retrieves retrieves hot values, three at a time, and stores new ones at its pace.
+func (f *fullBench) retrieves(b *testing.B, d time.Duration) (mbs, tail float64) {
+	const pace = 256 << 20 // bytes a second
+	begin := time.Now()
+	return f.run(4, func(worker int, took func(time.Duration)) {
+		var w Writer
+		var r Reader
+		for i := int64(1); time.Since(begin) < d; i++ {
+			if worker == 0 {
+				f.store(b, &w, int(f.next.Add(1)-1))
+				time.Sleep(time.Until(begin.Add(time.Duration(i * f.n * int64(time.Second) / pace))))
+				continue
+			}
+			k := rand.IntN(f.hot)
+			if start := time.Now(); f.retrieve(b, &r, k) {
+				took(time.Since(start))
+			} else {
+				f.store(b, &w, k) // evicted unread, or moved from under three quarters of its segment
+			}
+		}
+	})
+}
+
+// run has workers work, and returns the megabytes a second of what they timed, and the 99.9th
+// percentile in microseconds.
+func (f *fullBench) run(workers int, work func(worker int, took func(time.Duration))) (mbs, tail float64) {
+	all := make([][]time.Duration, workers)
+	begin := time.Now()
+	var wg sync.WaitGroup
+	for i := range workers {
+		wg.Go(func() { work(i, func(d time.Duration) { all[i] = append(all[i], d) }) })
+	}
+	wg.Wait()
+	elapsed := time.Since(begin).Seconds()
+	times := slices.Concat(all...)
+	slices.Sort(times)
+	return float64(len(times)) * float64(f.n) / 1e6 / elapsed, float64(times[len(times)*999/1000].Microseconds())
 }

@@ -1,8 +1,8 @@
 package kvlayer
 
 import (
-	"encoding/binary"
 	"fmt"
+	"iter"
 	"math/bits"
 	"math/rand/v2"
 	"runtime"
@@ -27,6 +27,8 @@ const (
 	entryTouches = 6
 	entryPinned  = 8
 	entryFlags   = entryPinned | entryTouches
+	entryIdent   = 0xff0 | entryUsed
+	entryBytes   = 32
 
 	sizeBits  = 27
 	seqBits   = 52
@@ -34,16 +36,10 @@ const (
 )
 
 func makeEntry(k Key, part int, seq uint64, size, block int64) entry {
-	hi, lo := k.words()
-	return entry{hi, lo, seq<<12 | uint64(part)<<8 | uint64(k.n-1)<<4 | entryUsed, uint64(block)<<sizeBits | uint64(size)}
+	return entry{k.hi, k.lo, seq<<12 | uint64(part)<<8 | uint64(k.n-1)<<4 | entryUsed, uint64(block)<<sizeBits | uint64(size)}
 }
 
-func (e entry) key() Key {
-	k := Key{n: uint8(e.meta>>4&15) + 1}
-	binary.BigEndian.PutUint64(k.b[:], e.hi)
-	binary.BigEndian.PutUint64(k.b[8:], e.lo)
-	return k
-}
+func (e entry) key() Key      { return Key{e.hi, e.lo, uint8(e.meta>>4&15) + 1} }
 func (e entry) seq() uint64   { return e.meta >> 12 }
 func (e entry) part() int     { return int(e.meta >> 8 & 15) }
 func (e entry) touches() int  { return int(e.meta & entryTouches / entryTouch) }
@@ -55,10 +51,6 @@ func (e entry) ident() uint64 { return e.meta >> 4 & 0xff } // part and key leng
 // same tells that o is the same record in the same place; flags may differ.
 func (e entry) same(o entry) bool {
 	return e.meta&^entryFlags == o.meta&^entryFlags && e.place == o.place && e.hi == o.hi && e.lo == o.lo
-}
-
-func (k Key) words() (hi, lo uint64) {
-	return binary.BigEndian.Uint64(k.b[:]), binary.BigEndian.Uint64(k.b[8:])
 }
 
 // index maps keys to entries, in memory that the garbage collector does not
@@ -83,33 +75,52 @@ type index struct {
 type directory struct {
 	his, los []uint64
 	leaves   []*leaf
+
+	// starts[j] is the last leaf that begins at j<<shift or below: where keys are
+	// hashes, next to nothing is left to search. There are one or two for each leaf, and one more.
+	starts []uint32
+	shift  int
 }
 
+func newDirectory(his, los []uint64, leaves []*leaf) *directory {
+	n := bits.Len(uint(len(his)))
+	d := &directory{his: his, los: los, leaves: leaves, starts: make([]uint32, 1<<n+1), shift: 64 - n}
+	i := 0
+	for j := range 1 << n {
+		for i+1 < len(his) && his[i+1] <= uint64(j)<<d.shift {
+			i++
+		}
+		d.starts[j] = uint32(i)
+	}
+	d.starts[1<<n] = uint32(len(his) - 1)
+	return d
+}
+
+// leaf is the entries of one range of keys: a hash table with linear probing. What a
+// lookup reads of it is in two cache lines.
 type leaf struct {
+	version atomic.Uint64           // odd while it changes
+	n       atomic.Uint32           // pages in use
+	pages   [maxPages]atomic.Uint32 // of the slab
 	mu      sync.Mutex
-	version atomic.Uint64 // odd while it changes
-	table   atomic.Pointer[table]
 	used    int
 }
 
-// table is a hash table of slots, with linear probing.
-type table struct {
-	slab  *slab
-	n     int // pages in use
-	pages [maxPages]uint32
-}
+func (l *leaf) len() int { return int(l.n.Load()) * pageSlots }
 
-func (t *table) len() int { return t.n * pageSlots }
-
-func (t *table) slot(i int) *entry { return t.slab.slot(t.pages[i/pageSlots], i%pageSlots) }
-
-// entries yields those in use.
-func (t *table) entries(yield func(entry) bool) {
-	for i := range t.len() {
-		if e := t.slot(i).load(); e.meta != 0 && !yield(e) {
-			return
+// entries yields those of l.
+func (x *index) entries(l *leaf) iter.Seq[entry] {
+	return func(yield func(entry) bool) {
+		for i := range l.len() {
+			if e := x.slot(l, i).load(); e.meta != 0 && !yield(e) {
+				return
+			}
 		}
 	}
+}
+
+func (x *index) slot(l *leaf, i int) *entry {
+	return x.slab.slot(l.pages[i/pageSlots].Load(), i%pageSlots)
 }
 
 const maxLeaf = 4096 // entries
@@ -117,8 +128,8 @@ const maxLeaf = 4096 // entries
 func newIndex(s *slab, extent int64) *index {
 	x := &index{slab: s, extent: extent, seeds: [2]uint64{rand.Uint64(), rand.Uint64()}}
 	l := new(leaf)
-	l.table.Store(x.newTable(1))
-	x.dir.Store(&directory{[]uint64{0}, []uint64{0}, []*leaf{l}})
+	x.resize(l, 1)
+	x.dir.Store(newDirectory([]uint64{0}, []uint64{0}, []*leaf{l}))
 	return x
 }
 
@@ -128,13 +139,13 @@ func (x *index) partsOf(size int64) int { return max(1, int((size+x.extent-1)/x.
 // find returns the leaf of a key.
 func (d *directory) find(hi, lo uint64) int {
 	his := d.his
-	i, n := 0, len(his)
-	for n > 1 { // his[i] <= hi: written so that it compiles without a branch
+	j := hi >> d.shift
+	i := int(d.starts[j])
+	n := int(d.starts[j+1]) - i + 1
+	for n > 1 { // his[i] <= hi: without a branch, which would be predicted wrong every second time
 		half := n / 2
-		at := i + half
-		if his[at] <= hi {
-			i = at
-		}
+		_, above := bits.Sub64(hi, his[i+half], 0)
+		i += half & (int(above) - 1)
 		n -= half
 	}
 	if his[i] < hi || i == 0 {
@@ -157,10 +168,10 @@ func (x *index) hash(hi, lo, ident uint64) uint64 {
 	return e ^ f
 }
 
-// home is the slot at which the search for a hash begins.
+// home is the slot at which the search for a hash begins, the first of a cache line.
 func home(h uint64, slots int) int {
-	i, _ := bits.Mul64(h, uint64(slots))
-	return int(i)
+	i, _ := bits.Mul64(h, uint64(slots/lineSlots))
+	return int(i) * lineSlots
 }
 
 // load reads a slot that a writer may change: the leaf's version tells.
@@ -176,19 +187,32 @@ func (e *entry) store(v entry) {
 }
 
 // search finds a slot by key, part and length; at is where it would go otherwise.
-// A table that changes meanwhile may make it miss, or give up.
-func (x *index) search(t *table, hi, lo, ident uint64) (at int, e entry, ok bool) {
-	n := t.len()
+// A leaf that changes meanwhile may make it miss, or give up.
+//
+// Most are in their first cache line. Whether they are its first or second entry is found out without
+// a branch: one that is predicted wrong would wait for memory, and what comes after the search with it.
+func (x *index) search(l *leaf, hi, lo, ident uint64) (at int, e entry, ok bool) {
+	n := l.len()
 	at = home(x.hash(hi, lo, ident), n)
-	for range n {
-		e = t.slot(at).load()
-		if e.meta == 0 {
-			return at, e, false
+	want := ident<<4 | entryUsed
+	for range n / lineSlots {
+		a := x.slot(l, at)
+		b := (*entry)(unsafe.Add(unsafe.Pointer(a), entryBytes))
+		ma, mb := atomic.LoadUint64(&a.meta), atomic.LoadUint64(&b.meta)
+		da := (atomic.LoadUint64(&a.hi) ^ hi) | (atomic.LoadUint64(&a.lo) ^ lo) | (ma&entryIdent ^ want)
+		db := (atomic.LoadUint64(&b.hi) ^ hi) | (atomic.LoadUint64(&b.lo) ^ lo) | (mb&entryIdent ^ want)
+		notA, notB := (da|-da)>>63, (db|-db)>>63
+		if notA&notB == 0 {
+			s := (*entry)(unsafe.Add(unsafe.Pointer(a), notA*entryBytes))
+			return at + int(notA), entry{hi, lo, ma ^ (ma^mb)&-notA, atomic.LoadUint64(&s.place)}, true
 		}
-		if e.hi == hi && e.lo == lo && e.ident() == ident {
-			return at, e, true
+		if ma == 0 {
+			return at, entry{}, false
 		}
-		if at++; at == n {
+		if mb == 0 {
+			return at + 1, entry{}, false
+		}
+		if at += lineSlots; at == n {
 			at = 0
 		}
 	}
@@ -199,18 +223,17 @@ func ident(k Key, part int) uint64 { return uint64(part)<<4 | uint64(k.n-1) }
 
 // get returns the entry of a part of k's value and counts up to touches touches.
 func (x *index) get(k Key, part int, touches int) (entry, bool) {
-	hi, lo := k.words()
+	hi, lo := k.hi, k.lo
 	for {
 		d := x.dir.Load()
 		l := d.leaves[d.find(hi, lo)]
 		v := l.version.Load()
-		t := l.table.Load()
-		at, e, ok := x.search(t, hi, lo, ident(k, part))
+		at, e, ok := x.search(l, hi, lo, ident(k, part))
 		if v&1 != 0 || l.version.Load() != v || x.dir.Load() != d {
 			continue
 		}
 		if ok && e.touches() < touches {
-			atomic.CompareAndSwapUint64(&t.slot(at).meta, e.meta, e.meta+entryTouch)
+			atomic.CompareAndSwapUint64(&x.slot(l, at).meta, e.meta, e.meta+entryTouch)
 		}
 		return e, ok
 	}
@@ -231,26 +254,26 @@ func (x *index) lock(hi, lo uint64) *leaf {
 
 // all appends the entries of all parts of k's value, as they are together at one moment.
 func (x *index) all(es []entry, k Key) []entry {
-	hi, lo := k.words()
+	hi, lo := k.hi, k.lo
 	for {
 		d := x.dir.Load()
 		l := d.leaves[d.find(hi, lo)]
 		v := l.version.Load()
-		found := x.parts(es, l.table.Load(), hi, lo, k)
+		found := x.parts(es, l, hi, lo, k)
 		if v&1 == 0 && l.version.Load() == v && x.dir.Load() == d {
 			return found
 		}
 	}
 }
 
-func (x *index) parts(es []entry, t *table, hi, lo uint64, k Key) []entry {
-	_, e, ok := x.search(t, hi, lo, ident(k, 0))
+func (x *index) parts(es []entry, l *leaf, hi, lo uint64, k Key) []entry {
+	_, e, ok := x.search(l, hi, lo, ident(k, 0))
 	if !ok {
 		return es
 	}
 	es = append(es, e)
 	for part := 1; part < x.partsOf(e.size()); part++ {
-		if _, e, ok := x.search(t, hi, lo, ident(k, part)); ok {
+		if _, e, ok := x.search(l, hi, lo, ident(k, part)); ok {
 			es = append(es, e)
 		}
 	}
@@ -260,10 +283,10 @@ func (x *index) parts(es []entry, t *table, hi, lo uint64, k Key) []entry {
 // replace makes es, which begin with the part 0, all that k has; none removes k.
 // It appends to old what k had.
 func (x *index) replace(k Key, es []entry, old []entry) []entry {
-	hi, lo := k.words()
+	hi, lo := k.hi, k.lo
 	l := x.lock(hi, lo)
 	defer l.mu.Unlock()
-	old = x.parts(old, l.table.Load(), hi, lo, k)
+	old = x.parts(old, l, hi, lo, k)
 	x.swap(l, old, es)
 	return old
 }
@@ -277,13 +300,12 @@ func (x *index) swap(l *leaf, old, es []entry) {
 		}
 	}
 	for _, e := range es {
-		if at, _, ok := x.search(l.table.Load(), e.hi, e.lo, e.ident()); ok {
-			l.table.Load().slot(at).store(e)
-		} else {
+		at, _, ok := x.search(l, e.hi, e.lo, e.ident())
+		if !ok {
 			at = x.room(l, at, e)
-			l.table.Load().slot(at).store(e)
 			l.used++
 		}
+		x.slot(l, at).store(e)
 	}
 	x.keys.Add(int64(min(1, len(es)) - min(1, len(old))))
 	switch {
@@ -297,46 +319,54 @@ func (x *index) swap(l *leaf, old, es []entry) {
 
 // room grows l's table if need be; at is then e's slot.
 func (x *index) room(l *leaf, at int, e entry) int {
-	n := l.table.Load().len()
-	if !crowded(l.used, n) {
+	if !crowded(l.used, l.len()) {
 		return at
 	}
 	x.rehash(l, l.used+1)
-	at, _, _ = x.search(l.table.Load(), e.hi, e.lo, e.ident())
+	at, _, _ = x.search(l, e.hi, e.lo, e.ident())
 	return at
 }
 
 // crowded tells that one more than used slots of n would make searches long.
 func crowded(used, n int) bool { return (used+1)*11 > n*9 }
 
-// newTable makes a table with room for some more than n entries.
-func (x *index) newTable(n int) *table {
-	t := &table{slab: x.slab, n: max(1, (n*4/3+pageSlots-1)/pageSlots)}
-	x.slab.get(t.pages[:t.n])
-	return t
+// resize gives l an empty table with room for some more than n entries, and returns the pages it had.
+func (x *index) resize(l *leaf, n int) (old []uint32) {
+	for i := range l.n.Load() {
+		old = append(old, l.pages[i].Load())
+	}
+	var pages [maxPages]uint32
+	m := max(1, (n*4/3+pageSlots-1)/pageSlots)
+	x.slab.get(pages[:m])
+	for i, page := range pages[:m] {
+		l.pages[i].Store(page)
+	}
+	l.n.Store(uint32(m))
+	return old
 }
 
 // rehash moves l's entries to a table with room for some more than n.
 func (x *index) rehash(l *leaf, n int) {
-	old := l.table.Load()
-	t := x.newTable(n)
-	for e := range old.entries {
-		x.put(t, e)
+	old := x.resize(l, n)
+	for _, page := range old {
+		for i := range pageSlots {
+			if e := x.slab.slot(page, i).load(); e.meta != 0 {
+				x.put(l, e)
+			}
+		}
 	}
-	l.table.Store(t)
-	x.slab.put(old.pages[:old.n])
+	x.slab.put(old)
 }
 
-func (x *index) put(t *table, e entry) {
-	at, _, _ := x.search(t, e.hi, e.lo, e.ident())
-	t.slot(at).store(e)
+func (x *index) put(l *leaf, e entry) {
+	at, _, _ := x.search(l, e.hi, e.lo, e.ident())
+	x.slot(l, at).store(e)
 }
 
 // erase removes e, and closes the gap so that searches go on to find what is behind it.
 func (x *index) erase(l *leaf, e entry) {
-	t := l.table.Load()
-	n := t.len()
-	gap, _, ok := x.search(t, e.hi, e.lo, e.ident())
+	n := l.len()
+	gap, _, ok := x.search(l, e.hi, e.lo, e.ident())
 	if !ok {
 		return
 	}
@@ -345,17 +375,17 @@ func (x *index) erase(l *leaf, e entry) {
 		if i++; i == n {
 			i = 0
 		}
-		o := t.slot(i).load()
+		o := x.slot(l, i).load()
 		if o.meta == 0 {
 			break
 		}
 		h := home(x.hash(o.hi, o.lo, o.ident()), n)
 		if (i-h+n)%n >= (i-gap+n)%n { // its home is not behind the gap
-			t.slot(gap).store(o)
+			x.slot(l, gap).store(o)
 			gap = i
 		}
 	}
-	t.slot(gap).store(entry{})
+	x.slot(l, gap).store(entry{})
 	if n > pageSlots && l.used*2 < n {
 		x.rehash(l, l.used)
 	}
@@ -368,7 +398,7 @@ func (x *index) split(l *leaf) {
 	b := batches.Get().(*batch)
 	defer batches.Put(b)
 	es := b.es[:0]
-	for e := range l.table.Load().entries {
+	for e := range x.entries(l) {
 		es = append(es, e)
 	}
 	slices.SortFunc(es, compareEntries)
@@ -382,24 +412,23 @@ func (x *index) split(l *leaf) {
 	r := new(leaf)
 	r.version.Store(1) // until the caller has finished l, nobody reads either
 	defer r.version.Add(1)
-	fill := func(l *leaf, es []entry) {
-		t := x.newTable(len(es))
+	fill := func(l *leaf, es []entry) (was []uint32) {
+		was = x.resize(l, len(es))
 		for _, e := range es {
-			x.put(t, e)
+			x.put(l, e)
 		}
-		l.table.Store(t)
 		l.used = len(es)
+		return was
 	}
-	was := l.table.Load()
-	fill(l, es[:cut])
+	was := fill(l, es[:cut])
 	fill(r, es[cut:])
 	d := x.dir.Load()
 	i := d.find(es[0].hi, es[0].lo) + 1
-	x.dir.Store(&directory{
+	x.dir.Store(newDirectory(
 		slices.Insert(slices.Clone(d.his), i, es[cut].hi),
 		slices.Insert(slices.Clone(d.los), i, es[cut].lo),
-		slices.Insert(slices.Clone(d.leaves), i, r)})
-	x.slab.put(was.pages[:was.n])
+		slices.Insert(slices.Clone(d.leaves), i, r)))
+	x.slab.put(was)
 }
 
 // merge joins l, which of belongs to, with its right, or else its left neighbour, if both are small. Under l.mu.
@@ -422,19 +451,23 @@ func (x *index) merge(l *leaf, of entry) {
 		}
 		o.version.Add(1)
 		a, b := d.leaves[j], d.leaves[j+1]
-		for e := range b.table.Load().entries {
-			if crowded(a.used, a.table.Load().len()) {
+		for e := range x.entries(b) {
+			if crowded(a.used, a.len()) {
 				x.rehash(a, a.used+b.used)
 			}
-			x.put(a.table.Load(), e)
+			x.put(a, e)
 			a.used++
 		}
-		x.dir.Store(&directory{
+		x.dir.Store(newDirectory(
 			slices.Delete(slices.Clone(d.his), j+1, j+2),
 			slices.Delete(slices.Clone(d.los), j+1, j+2),
-			slices.Delete(slices.Clone(d.leaves), j+1, j+2)})
-		gone := b.table.Load()
-		x.slab.put(gone.pages[:gone.n])
+			slices.Delete(slices.Clone(d.leaves), j+1, j+2)))
+		var gone [maxPages]uint32
+		n := b.n.Load()
+		for i := range n {
+			gone[i] = b.pages[i].Load()
+		}
+		x.slab.put(gone[:n])
 		o.version.Add(1)
 		o.mu.Unlock()
 		return
@@ -446,14 +479,13 @@ func (x *index) merge(l *leaf, of entry) {
 func (x *index) update(e entry, f func(*entry)) bool {
 	l := x.lock(e.hi, e.lo)
 	defer l.mu.Unlock()
-	t := l.table.Load()
-	at, cur, ok := x.search(t, e.hi, e.lo, e.ident())
+	at, cur, ok := x.search(l, e.hi, e.lo, e.ident())
 	if !ok || !cur.same(e) {
 		return false
 	}
 	l.version.Add(1)
 	f(&cur)
-	t.slot(at).store(cur)
+	x.slot(l, at).store(cur)
 	l.version.Add(1)
 	return true
 }
@@ -463,12 +495,12 @@ func (x *index) update(e entry, f func(*entry)) bool {
 func (x *index) remove(e entry, old []entry) []entry {
 	l := x.lock(e.hi, e.lo)
 	defer l.mu.Unlock()
-	_, cur, ok := x.search(l.table.Load(), e.hi, e.lo, e.ident())
+	_, cur, ok := x.search(l, e.hi, e.lo, e.ident())
 	if !ok || !cur.same(e) {
 		return old
 	}
 	n := len(old)
-	old = x.parts(old, l.table.Load(), e.hi, e.lo, e.key())
+	old = x.parts(old, l, e.hi, e.lo, e.key())
 	x.swap(l, old[n:], nil)
 	return old
 }
@@ -498,7 +530,7 @@ func cmpWord(a, b uint64) int {
 // ascend calls yield with the entries of part 0 from the lower bound from on, in
 // the order of Key.Compare, until it returns false. No lock is held meanwhile.
 func (x *index) ascend(from Key, yield func(entry) bool) {
-	hi, lo := from.words()
+	hi, lo := from.hi, from.lo
 	b := batches.Get().(*batch)
 	defer batches.Put(b)
 	for first := true; ; first = false {
@@ -506,7 +538,7 @@ func (x *index) ascend(from Key, yield func(entry) bool) {
 		d := x.dir.Load()
 		next := d.find(hi, lo) + 1
 		es := b.es[:0]
-		for e := range l.table.Load().entries {
+		for e := range x.entries(l) {
 			if e.part() == 0 && (!first || e.key().Compare(from) >= 0) {
 				es = append(es, e)
 			}
@@ -537,7 +569,7 @@ func (x *index) each(f func([]entry) bool) {
 		d := x.dir.Load()
 		next := d.find(hi, lo) + 1
 		es := b.es[:0]
-		for e := range l.table.Load().entries {
+		for e := range x.entries(l) {
 			es = append(es, e)
 		}
 		l.mu.Unlock()
@@ -560,9 +592,10 @@ type slab struct {
 }
 
 const (
-	pageSlots = 64
-	maxPages  = 96 // of a table: more than maxLeaf and a value's parts need
-	pageBytes = pageSlots * 32
+	lineSlots = 2 // entries of a cache line
+	pageSlots = 256
+	maxPages  = 24 // of a leaf: more than maxLeaf and a value's parts need
+	pageBytes = pageSlots * entryBytes
 	slabBytes = 128 << 30 // of addresses, not of memory: 4 billion entries
 	slabStep  = 8 << 20
 )
@@ -580,7 +613,7 @@ func newSlab() (*slab, error) {
 }
 
 func (s *slab) slot(page uint32, i int) *entry {
-	return (*entry)(unsafe.Add(s.base, int(page)*pageBytes+i*32))
+	return (*entry)(unsafe.Add(s.base, int(page)*pageBytes+i*entryBytes))
 }
 
 // get fills in pages with empty ones.

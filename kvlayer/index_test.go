@@ -8,10 +8,12 @@ import (
 	"runtime/metrics"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
@@ -33,7 +35,7 @@ func scattered(n int) Key {
 	var b [MaxKey]byte
 	binary.BigEndian.PutUint64(b[:], uint64(n)*0x9E3779B97F4A7C15)
 	binary.BigEndian.PutUint64(b[8:], uint64(n))
-	return Key{b: b, n: MaxKey}
+	return loadKey(b[:], MaxKey)
 }
 
 // partEntries are the entries of a value of size bytes.
@@ -69,7 +71,7 @@ func TestIndexModel(t *testing.T) {
 				return scattered(i)
 			}
 			k, _ := MakeKey(make([]byte, 1+i%16)) // keys that differ in their length alone, too
-			k.b[0] = byte(i / 16)
+			k.hi = uint64(i/16) << 56
 			return k
 		}
 		keys := rapid.SampledFrom([]int{500, 2000, 2000, 20_000}).Draw(t, "keys")
@@ -230,10 +232,8 @@ func TestIndexSize(t *testing.T) {
 		for i := range n {
 			x.replace(k(i), partEntries(k(i), 1, 1), nil)
 		}
-		d := x.dir.Load()
-		dir := int64(len(d.leaves)) * (24 + 64)
-		perEntry := float64(x.slab.bytes()+dir) / float64(n)
-		if t.Logf("%s: %.1f bytes an entry, %d leaves", name, perEntry, len(d.leaves)); perEntry > 48 {
+		perEntry := float64(x.size()) / n
+		if t.Logf("%s: %.1f bytes an entry, %d leaves", name, perEntry, len(x.dir.Load().leaves)); perEntry > 48 {
 			t.Errorf("%s: %.1f bytes an entry", name, perEntry)
 		}
 		peak := x.slab.bytes()
@@ -253,66 +253,139 @@ func TestIndexSize(t *testing.T) {
 	}
 }
 
-// BenchmarkIndex looks keys up in an index of KVOF_KEYS keys, 1 million unless told, and reports
-// the longest pause of the garbage collector meanwhile and the memory an entry takes.
+// size is all the memory of an index, in bytes.
+func (x *index) size() int64 {
+	return x.slab.bytes() + int64(len(x.dir.Load().leaves))*int64(24+8+unsafe.Sizeof(leaf{}))
+}
+
+// mixed is a key like a hash's result.
+func mixed(n int) Key {
+	var b [MaxKey]byte
+	h := uint64(n) * 0x9E3779B97F4A7C15
+	h = (h ^ h>>30) * 0xBF58476D1CE4E5B9
+	h = (h ^ h>>27) * 0x94D049BB133111EB
+	binary.BigEndian.PutUint64(b[:], h^h>>31)
+	binary.BigEndian.PutUint64(b[8:], uint64(n))
+	return loadKey(b[:], MaxKey)
+}
+
+func fillIndex(x *index, n int) {
+	var wg sync.WaitGroup
+	workers := runtime.GOMAXPROCS(0)
+	for w := range workers {
+		wg.Go(func() {
+			var es, old [1]entry
+			for i := w; i < n; i += workers {
+				k := mixed(i)
+				es[0] = makeEntry(k, 0, 1, 2<<20, int64(i))
+				x.replace(k, es[:], old[:0])
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// TestIndexCollector fills an index while others allocate: what the garbage collector has to do does
+// not depend on its entries. With KVOF_KEYS, such as 100000000, of that many entries, and no pause
+// of the collector is longer than 1 ms.
+func TestIndexCollector(t *testing.T) {
+	n, _ := strconv.Atoi(os.Getenv("KVOF_KEYS"))
+	timed := n > 0
+	if !timed {
+		n = 300_000
+	}
+	heap := func() int64 {
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return int64(m.HeapAlloc)
+	}
+	x := newTestIndex(t)
+	heapBefore, residentBefore, before := heap(), resident(t), pauses()
+	start := time.Now()
+	var stop atomic.Bool
+	var others sync.WaitGroup
+	others.Go(func() { // a program with 64 MiB of small objects, all of which it makes anew, again and again
+		live := make([]*[128]byte, 1<<19)
+		for i := 0; !stop.Load(); i++ {
+			live[i%len(live)] = new([128]byte)
+			if i%1000 == 0 {
+				time.Sleep(time.Millisecond)
+			}
+		}
+	})
+	fillIndex(x, n)
+	filled := time.Since(start)
+	for i := 0; i < n; i += 10 {
+		if _, ok := x.get(mixed(i), 0, 1); !ok {
+			t.Fatalf("key %d of %d is gone", i, n)
+		}
+	}
+	found := time.Since(start) - filled
+	stop.Store(true)
+	others.Wait()
+	after := pauses()
+	pause, cycles := longest(before, after), collections(before, after)
+	grown := float64(heap()-heapBefore) / float64(n)
+	size := float64(x.size()) / float64(n)
+	rss := float64(resident(t)-residentBefore) / float64(n)
+	t.Logf("%d entries, filled in %v, a tenth looked up in %v: %.1f B an entry, %.1f B resident (all of the process), %.2f B of them on the heap; %d pauses of the collector, the longest at most %.0f µs",
+		n, filled.Round(time.Millisecond), found.Round(time.Millisecond), size, rss, grown, cycles, pause)
+	if size > 48 || grown > 1 {
+		t.Errorf("%.1f B an entry, %.2f B of them on the heap", size, grown)
+	}
+	if timed && pause > 1000 {
+		t.Errorf("a pause of up to %.0f µs", pause)
+	}
+	runtime.KeepAlive(x)
+}
+
+// BenchmarkIndex looks keys up at random in indices of different sizes.
 func BenchmarkIndex(b *testing.B) {
-	n := 1_000_000
-	if s := os.Getenv("KVOF_KEYS"); s != "" {
-		n, _ = strconv.Atoi(s)
+	for _, n := range []int{100_000, 1_000_000, 10_000_000} {
+		b.Run(strconv.Itoa(n/1000)+"k", func(b *testing.B) { benchIndex(b, n) })
 	}
+}
+
+func benchIndex(b *testing.B, n int) {
 	x := newTestIndex(b)
-	for i := range n {
-		x.replace(scattered(i), []entry{makeEntry(scattered(i), 0, 1, 2<<20, int64(i))}, nil)
-	}
-	perEntry := float64(x.slab.bytes()+int64(len(x.dir.Load().leaves))*(24+64)) / float64(n)
-	pick := make([]Key, 1<<20)
+	fillIndex(x, n)
+	perEntry := float64(x.size()) / float64(n)
+	pick := make([]uint32, 1<<20) // far smaller than keys, so that these do not take the cache
 	for i := range pick {
-		pick[i] = scattered(rand.IntN(n))
+		pick[i] = uint32(rand.IntN(n))
 	}
-	run := func(name string, f func(i int)) {
+	run := func(name string, f func(k Key, i int)) {
 		b.Run(name, func(b *testing.B) {
-			before := pauses()
-			var stop atomic.Bool
-			var wg sync.WaitGroup
-			wg.Go(func() {
-				for !stop.Load() {
-					runtime.GC()
-					time.Sleep(100 * time.Millisecond)
-				}
-			})
 			b.ReportAllocs()
 			runtime.LockOSThread()
 			defer runtime.UnlockOSThread()
 			n, cpu := 0, threadTime()
 			for ; b.Loop(); n++ {
-				f(n)
+				f(mixed(int(pick[n&(len(pick)-1)])), n)
 			}
 			b.ReportMetric(float64(threadTime()-cpu)/float64(n), "cpu-ns/op") // what a busy machine does not change
-			stop.Store(true)
-			wg.Wait()
 			b.ReportMetric(perEntry, "B/entry")
-			b.ReportMetric(longest(before, pauses()), "µs-gc-pause-max")
 		})
 	}
-	run("hit", func(i int) {
-		if _, ok := x.get(pick[i&(len(pick)-1)], 0, 1); !ok {
+	run("hit", func(k Key, _ int) {
+		if _, ok := x.get(k, 0, 1); !ok {
 			b.Fatal("gone")
 		}
 	})
-	run("miss", func(i int) {
-		k := pick[i&(len(pick)-1)]
-		k.b[15] ^= 0x55
-		k.b[9] = 1
-		x.get(k, 0, 1)
+	run("miss", func(k Key, _ int) {
+		k.lo |= 1 << 63
+		if _, ok := x.get(k, 0, 1); ok {
+			b.Fatal("found")
+		}
 	})
-	run("replace", func(i int) {
-		k := pick[i&(len(pick)-1)]
+	run("replace", func(k Key, i int) {
 		var old [1]entry
 		x.replace(k, []entry{makeEntry(k, 0, 2, 2<<20, int64(i))}, old[:0])
 	})
-	run("list1000", func(i int) {
+	run("list1000", func(k Key, _ int) {
 		left := 1000
-		x.ascend(pick[i&(len(pick)-1)], func(entry) bool { left--; return left > 0 })
+		x.ascend(k, func(entry) bool { left--; return left > 0 })
 	})
 }
 
@@ -327,6 +400,24 @@ func pauses() *metrics.Float64Histogram {
 	s := []metrics.Sample{{Name: "/sched/pauses/total/gc:seconds"}}
 	metrics.Read(s)
 	return s[0].Value.Float64Histogram()
+}
+
+// resident is the memory of this process, in bytes.
+func resident(t *testing.T) int64 {
+	b, err := os.ReadFile("/proc/self/statm")
+	if err != nil {
+		t.Skip(err)
+	}
+	pages, _ := strconv.ParseInt(strings.Fields(string(b))[1], 10, 64)
+	return pages * int64(os.Getpagesize())
+}
+
+// collections counts the pauses between two readings.
+func collections(a, b *metrics.Float64Histogram) (n uint64) {
+	for i := range b.Counts {
+		n += b.Counts[i] - a.Counts[i]
+	}
+	return n
 }
 
 // longest is the upper bound in microseconds of the longest pause between two readings.

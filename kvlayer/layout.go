@@ -238,7 +238,7 @@ func putRecord(b []byte, seed uint64, r record, sums []uint64) {
 	copy(b[8:], recordMagic[:])
 	b[16], b[17], b[18], b[19] = byte(r.kind), r.key.n, byte(r.part), r.flags()
 	le.PutUint32(b[20:], uint32(r.size))
-	copy(b[24:], r.key.b[:])
+	r.key.store(b[24:])
 	le.PutUint64(b[40:], uint64(r.off))
 	le.PutUint64(b[48:], r.gen)
 	le.PutUint64(b[56:], r.seq)
@@ -260,7 +260,7 @@ func parseRecord(b []byte, seed uint64, extent int64) (record, bool) {
 		kind:   recordKind(b[16]),
 		pinned: b[19]&1 != 0,
 		part:   int(b[18]),
-		key:    Key{b: [MaxKey]byte(b[24:40]), n: b[17]},
+		key:    loadKey(b[24:], b[17]),
 		off:    int64(le.Uint64(b[40:])),
 		gen:    le.Uint64(b[48:]),
 		seq:    le.Uint64(b[56:]),
@@ -313,7 +313,7 @@ func putSummary(b []byte, seed, gen uint64, i int, tail, off int64, rs []record)
 	le.PutUint64(b[40:], uint64(tail))
 	for j, r := range rs {
 		e := b[summaryHead+j*summaryEntry:]
-		copy(e, r.key.b[:])
+		r.key.store(e)
 		le.PutUint64(e[16:], r.seq)
 		le.PutUint64(e[24:], r.from)
 		le.PutUint32(e[32:], uint32(r.size))
@@ -347,7 +347,7 @@ func parseSummary(rs []record, b []byte, seed, gen uint64, off, size, extent int
 			kind:   recordKind(e[42]),
 			pinned: e[43]&1 != 0,
 			part:   int(e[41]),
-			key:    Key{b: [MaxKey]byte(e[:16]), n: e[40]},
+			key:    loadKey(e, e[40]),
 			off:    off + int64(le.Uint32(e[36:]))*block,
 			gen:    gen,
 			seq:    le.Uint64(e[16:]),

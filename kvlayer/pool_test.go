@@ -417,6 +417,40 @@ func TestInspect(t *testing.T) {
 	}
 }
 
+// TestGhost remembers about as many keys as it is made for, the latest.
+func TestGhost(t *testing.T) {
+	x := newTestIndex(t)
+	h := newGhost(1 << 30)
+	const room = 1 << 15
+	for i := range 10 * room {
+		h.learn(x, scattered(i))
+	}
+	known := func(from, to int) (n int) {
+		for i := from; i < to; i++ {
+			if h.forget(x, scattered(i)) {
+				n++
+			}
+		}
+		return n
+	}
+	if n := known(10*room-room/2, 10*room); n < room/2*99/100 {
+		t.Errorf("%d of the last %d keys are known", n, room/2)
+	}
+	if n := known(10*room-room/2, 10*room); n > room/2/500 {
+		t.Errorf("%d keys are known after they were forgotten", n)
+	}
+	if n := known(0, 8*room); n > 8*room/50 {
+		t.Errorf("%d old keys are known", n)
+	}
+	for i := range 2 * room { // again and again: what comes back stays
+		h.learn(x, scattered(i%8))
+		h.learn(x, scattered(100*room+i))
+	}
+	if n := known(0, 8); n != 8 {
+		t.Errorf("%d of 8 keys are known", n)
+	}
+}
+
 // sparse is a device that keeps the blocks that are not zero.
 type sparse struct {
 	size   int64
@@ -520,78 +554,4 @@ func TestLargeRecovery(t *testing.T) {
 	}
 	r.Close()
 	s.Close()
-}
-
-// BenchmarkFull stores and retrieves values on an empty device and on one that is
-// full and evicts all the time.
-func BenchmarkFull(b *testing.B) {
-	const size = 2 << 30
-	for _, n := range []int64{64 << 10, 2 << 20, 16 << 20} {
-		for _, full := range []bool{false, true} {
-			b.Run(fmt.Sprintf("%dKiB/full=%v", n>>10, full), func(b *testing.B) {
-				a, err := uring.NewArena(32 << 20)
-				if err != nil {
-					b.Fatal(err)
-				}
-				defer a.Close()
-				dev, err := uring.NewMemory(size)
-				if err != nil {
-					b.Fatal(err)
-				}
-				defer dev.Close()
-				b.StopTimer()
-				var w Writer
-				store := func(s *Store, k int) {
-					if err := s.Create(&w, key(k), n, StoreAlways); err != nil {
-						b.Fatal(err)
-					}
-					for m := w.Buffer(1 << 20); m != nil; m = w.Buffer(1 << 20) {
-						w.Filled(len(m))
-					}
-					if err := w.Commit(); err != nil {
-						b.Fatal(err)
-					}
-				}
-				s := open(b, dev, a, Options{})
-				k := 0
-				for range 2 { // touch the memory
-					for i := 0; i < int(size/n); i++ {
-						store(s, k)
-						k++
-					}
-				}
-				if !full {
-					for i := range k {
-						_, _ = s.Delete(key(i))
-					}
-					for s.Stats().Used > 0 || s.Stats().FreeSegments < s.Stats().Segments-2 {
-						time.Sleep(time.Millisecond)
-						s.p.devs[0].wake()
-					}
-				}
-				b.SetBytes(n)
-				b.ReportAllocs()
-				waits := s.p.asks
-				room := int(size / n * 7 / 10) // before even the empty one is full
-				b.StartTimer()
-				for i := 0; i < b.N; i++ {
-					if !full && i%room == room-1 {
-						b.StopTimer()
-						for j := k - room; j < k; j++ {
-							_, _ = s.Delete(key(j))
-						}
-						for s.Stats().FreeSegments < s.Stats().Segments-2 {
-							time.Sleep(time.Millisecond)
-						}
-						b.StartTimer()
-					}
-					store(s, k)
-					k++
-				}
-				b.StopTimer()
-				b.ReportMetric(float64(s.p.asks-waits), "waits")
-				s.Close()
-			})
-		}
-	}
 }

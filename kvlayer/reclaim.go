@@ -1,13 +1,13 @@
 package kvlayer
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/bits"
 	"slices"
-	"sync/atomic"
+	"sync"
 
 	"github.com/kvof/kvof/uring"
 )
@@ -341,7 +341,7 @@ func (d *device) reclaim(g *segment, s *Store, o Options, all bool) (err error) 
 	moves = nil
 	for _, v := range evicted {
 		if s.drop(v.e, v.why) && s.ghost != nil && o.Eviction == EvictS3FIFO && g.class == classNew {
-			s.ghost.add(s.index, v.e.key())
+			s.ghost.learn(s.index, v.e.key())
 		}
 	}
 	g.fence = nil
@@ -543,44 +543,53 @@ func (g *segment) liveRecords(op *uring.Op, buf []byte) ([]record, error) {
 	return slices.DeleteFunc(rs, func(r record) bool { return r.kind != recordLive }), nil
 }
 
-// ghost remembers keys that have no value, of late: a table of tags in which a
-// newcomer takes the place of whatever its hash shares it with.
+// ghost remembers keys that have no value, of late: in sets of tags of 16 bits, in which a newcomer
+// takes the place of the oldest. One key in 2048 is taken for one that is known.
 type ghost struct {
-	tags []atomic.Uint32
+	sets  []ghostSet
+	locks [64]sync.Mutex // of the sets with this remainder
 }
 
-// newGhost makes one for a store of some capacity in bytes: a tag for each 64 KiB.
+type ghostSet [32]uint16 // the newest first, then zeroes: a cache line
+
+// newGhost makes one for a store of some capacity in bytes: 2 bytes for each 32 KiB, up to 64 MiB.
+// Twice to four times as many keys as there are values do best, so that is enough for values of 64 KiB.
 func newGhost(capacity int64) *ghost {
-	n := 1 << 12
-	for n < 1<<24 && int64(n) < capacity>>16 {
-		n *= 2
+	return &ghost{sets: make([]ghostSet, min(max(1<<12, capacity>>15), 1<<25)/int64(len(ghostSet{})))}
+}
+
+// set returns k's set, locked, and its tag.
+func (h *ghost) set(x *index, k Key) (*ghostSet, *sync.Mutex, uint16) {
+	hash := x.hash(k.hi, k.lo, uint64(k.n))
+	i, _ := bits.Mul64(hash, uint64(len(h.sets)))
+	mu := &h.locks[i%uint64(len(h.locks))]
+	mu.Lock()
+	return &h.sets[i], mu, max(1, uint16(hash))
+}
+
+// learn has k known, as the newest, and tells whether it was known before.
+func (h *ghost) learn(x *index, k Key) bool {
+	set, mu, tag := h.set(x, k)
+	defer mu.Unlock()
+	at := slices.Index(set[:], tag)
+	known := at >= 0
+	if !known {
+		at = len(set) - 1
 	}
-	return &ghost{make([]atomic.Uint32, n)}
+	copy(set[1:at+1], set[:at])
+	set[0] = tag
+	return known
 }
 
-func (h *ghost) tag(x *index, k Key) (*atomic.Uint32, uint32) {
-	hi, lo := k.words()
-	hash := x.hash(hi, lo, uint64(k.n))
-	return &h.tags[hash%uint64(len(h.tags))], cmp.Or(uint32(hash>>32), 1)
-}
-
-func (h *ghost) add(x *index, k Key) {
-	at, tag := h.tag(x, k)
-	at.Store(tag)
-}
-
-// take tells that k is known, and forgets it.
-func (h *ghost) take(x *index, k Key) bool {
-	at, tag := h.tag(x, k)
-	return at.CompareAndSwap(tag, 0)
-}
-
-// seen tells that k is known, and learns it if not.
-func (h *ghost) seen(x *index, k Key) bool {
-	at, tag := h.tag(x, k)
-	if at.Load() == tag {
-		return true
+// forget tells that k was known, and is not any more.
+func (h *ghost) forget(x *index, k Key) bool {
+	set, mu, tag := h.set(x, k)
+	defer mu.Unlock()
+	at := slices.Index(set[:], tag)
+	if at < 0 {
+		return false
 	}
-	at.Store(tag)
-	return false
+	copy(set[at:], set[at+1:])
+	set[len(set)-1] = 0
+	return true
 }

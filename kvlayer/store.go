@@ -132,7 +132,7 @@ func (s *Store) attach(o Options) {
 		s.maxValue = min(s.maxValue, o.MaxValue)
 	}
 	if s.ghost = nil; o.Eviction == EvictS3FIFO || o.Eviction == EvictSecondTouch {
-		s.ghost = newGhost(p.Capacity())
+		s.ghost = newGhost(s.limit())
 	}
 }
 
@@ -167,8 +167,7 @@ func (s *Store) Close() error {
 func (s *Store) Pool() *Pool { return s.p }
 
 func (s *Store) stripe(k Key) *sync.Mutex {
-	hi, lo := k.words()
-	return &s.stripes[s.index.hash(hi, lo, uint64(k.n))%uint64(len(s.stripes))]
+	return &s.stripes[s.index.hash(k.hi, k.lo, uint64(k.n))%uint64(len(s.stripes))]
 }
 
 // expired tells that a value has outlived the store's TTL.

@@ -29,7 +29,7 @@ func TestKey(t *testing.T) {
 		a, b := gen.Draw(t, "a"), gen.Draw(t, "b")
 		ka, _ := MakeKey(a)
 		kb, _ := MakeKey(b)
-		if ka.Compare(kb) != bytes.Compare(a, b) || (ka == kb) != bytes.Equal(a, b) || !bytes.Equal(ka.Bytes(), a) {
+		if ka.Compare(kb) != bytes.Compare(a, b) || (ka == kb) != bytes.Equal(a, b) || !bytes.Equal(ka.Append(nil), a) {
 			t.Fatalf("%v and %v: %d", ka, kb, ka.Compare(kb))
 		}
 	})

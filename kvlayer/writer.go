@@ -79,10 +79,10 @@ func (s *Store) Create(w *Writer, k Key, size int64, m Mode) error {
 	switch {
 	case size < 0 || size > s.maxValue:
 		err = ErrTooLarge
-	case s.o.Eviction == EvictSecondTouch && !ok && !s.ghost.seen(s.index, k):
+	case s.o.Eviction == EvictSecondTouch && !ok && !s.ghost.learn(s.index, k):
 		w.s = s // take the value and forget it
 	default:
-		if s.o.Eviction == EvictS3FIFO && !ok && s.ghost.take(s.index, k) {
+		if s.o.Eviction == EvictS3FIFO && !ok && s.ghost.forget(s.index, k) {
 			c = s.p.devs[0].hot()
 		}
 		w.n = s.index.partsOf(size)

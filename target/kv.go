@@ -190,7 +190,8 @@ func list(r *Request) {
 	if r.Cmd.KeyLen() > 0 {
 		from = key(&r.Cmd)
 	}
-	r.ns.store.List(from, func(k kvlayer.Key, _ int64) bool { return keys.Add(k.Bytes()) })
+	var k16 [kvlayer.MaxKey]byte
+	r.ns.store.List(from, func(k kvlayer.Key, _ int64) bool { return keys.Add(k.Append(k16[:0])) })
 	b.Data = keys.Bytes()
 	r.send(b, true)
 	r.complete(nvmeof.Success, 0)

@@ -220,7 +220,7 @@ func (d direct) retrieve(k kvlayer.Key) (v []byte, err error) {
 }
 
 func (d direct) list(t testing.TB, _ int, yield func([]byte) bool) {
-	d.List(kvlayer.Key{}, func(k kvlayer.Key, _ int64) bool { return yield(k.Bytes()) })
+	d.List(kvlayer.Key{}, func(k kvlayer.Key, _ int64) bool { return yield(k.Append(nil)) })
 }
 
 // remote is the store behind a target, with a controller for each client.
