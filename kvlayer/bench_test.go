@@ -113,6 +113,8 @@ func BenchmarkExist(b *testing.B) {
 // retrieve, while one stores 256 MiB a second. What is retrieved takes a fifth of the device, and is
 // moved again and again when that is full. It reports medians.
 func BenchmarkFull(b *testing.B) {
+	defer func(d time.Duration) { maxWait = d }(maxWait)
+	maxWait = 10 * time.Second // as outside of tests
 	const size = 6 << 30
 	for _, kind := range []string{"memory", "file"} {
 		for _, n := range []int64{64 << 10, 2 << 20, 16 << 20} {
