@@ -164,11 +164,11 @@ type Channel interface {
 	// Turn posts b, which may be nil, then polls the channel's completion queues for up to len(wc) completions, in turns
 	// between queues, and returns how many it put there. What could not be posted is told by b.
 	Turn(b *Batch, wc []WC) int
-	// Wait sleeps until a completion comes to a queue that was armed, or Wake is called. It fails with ErrClosed after Close.
+	// Wait sleeps until a completion comes to a queue that was armed, or Wake is called.
 	Wait() error
 	// Wake makes Wait return.
 	Wake()
-	// Close ends Wait. All completion queues are closed before.
+	// Close frees the channel. All completion queues are closed before, and nobody is in Wait.
 	Close() error
 }
 

@@ -8,14 +8,15 @@ package rdma
 #cgo nocallback kvof_turn
 #cgo noescape kvof_arm
 #cgo nocallback kvof_arm
-#cgo noescape kvof_cq_event
-#cgo nocallback kvof_cq_event
+#cgo noescape kvof_wait
+#cgo nocallback kvof_wait
 #include "verbs.h"
 */
 import "C"
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -816,13 +817,12 @@ func (q *sharedQueue) Close() error {
 type channel struct {
 	dev *device
 	ch  *C.struct_ibv_comp_channel
-	fd  *pollFD
 	cqs atomic.Pointer[[]uintptr]
-	mu  sync.Mutex // changes cqs
+	mu  sync.Mutex // changes them
 	at  int        // the queue to poll first
 
-	try func(uintptr) bool
-	rc  C.int
+	waker  int  // eventfd
+	closed bool // with it; mu
 }
 
 func (d *device) NewChannel() (Channel, error) {
@@ -831,15 +831,12 @@ func (d *device) NewChannel() (Channel, error) {
 	if c.ch, err = C.kvof_create_channel(d.ctx); c.ch == nil {
 		return nil, fmt.Errorf("%s: no completion channel: %w", d.name, err)
 	}
-	if c.fd, err = newPollFD(c.ch.fd, d.name+" completions"); err != nil {
+	C.kvof_nonblock(c.ch.fd)
+	if c.waker, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
 		C.kvof_destroy_channel(c.ch)
-		return nil, err
+		return nil, os.NewSyscallError("eventfd", err)
 	}
 	c.cqs.Store(new([]uintptr))
-	c.try = func(uintptr) bool {
-		c.rc = C.kvof_cq_event(c.ch)
-		return c.rc != 0
-	}
 	return c, nil
 }
 
@@ -865,25 +862,30 @@ func (c *channel) Turn(b *Batch, wc []WC) int {
 	return turn(b, cqs, c.at, wc)
 }
 
+// Wait keeps its thread, and the processor that goes with it for as long as nobody else wants that: a completion wakes the
+// thread itself. Go's poller takes two more system calls, and wakes a second thread that polls in its place.
 func (c *channel) Wait() error {
-	err := c.fd.raw.Read(c.try)
-	switch {
-	case errors.Is(err, os.ErrDeadlineExceeded): // Wake
-		return c.fd.file.SetReadDeadline(time.Time{})
-	case errors.Is(err, os.ErrClosed):
-		return ErrClosed
-	case err != nil:
-		return err
-	case c.rc < 0:
-		return syscall.Errno(-c.rc)
+	if rc := C.kvof_wait(c.ch, C.int(c.waker)); rc != 0 {
+		return syscall.Errno(rc)
 	}
 	return nil // the events of other queues make the next Wait short
 }
 
-func (c *channel) Wake() { _ = c.fd.file.SetReadDeadline(time.Unix(1, 0)) }
+func (c *channel) Wake() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.closed {
+		_, _ = unix.Write(c.waker, oneEvent)
+	}
+}
+
+var oneEvent = binary.NativeEndian.AppendUint64(nil, 1)
 
 func (c *channel) Close() error {
-	c.fd.file.Close()
+	c.mu.Lock()
+	c.closed = true
+	_ = unix.Close(c.waker)
+	c.mu.Unlock()
 	if rc := C.kvof_destroy_channel(c.ch); rc != 0 {
 		return syscall.Errno(rc)
 	}

@@ -6,9 +6,11 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #undef ibv_reg_mr
 #undef ibv_query_port
@@ -121,13 +123,25 @@ int kvof_arm(struct ibv_cq *cq) { return positive(ibv_req_notify_cq(cq, 0)); }
 
 static int again(void) { return errno == EAGAIN || errno == EINTR ? 0 : -errno; }
 
-int kvof_cq_event(struct ibv_comp_channel *ch) {
-	struct ibv_cq *cq;
-	void *context;
-	if (lib.ibv_get_cq_event(ch, &cq, &context))
-		return again();
-	lib.ibv_ack_cq_events(cq, 1);
-	return 1;
+int kvof_wait(struct ibv_comp_channel *ch, int wake) {
+	struct pollfd fds[] = {{.fd = ch->fd, .events = POLLIN}, {.fd = wake, .events = POLLIN}};
+	if (poll(fds, 2, -1) < 0)
+		return errno == EINTR ? 0 : errno;
+	if (fds[1].revents) {
+		uint64_t n;
+		if (read(wake, &n, sizeof n) < 0 && errno != EAGAIN)
+			return errno;
+	}
+	if (fds[0].revents & POLLIN) {
+		struct ibv_cq *cq;
+		void *context;
+		if (lib.ibv_get_cq_event(ch, &cq, &context))
+			return -again();
+		lib.ibv_ack_cq_events(cq, 1);
+	} else if (fds[0].revents) {
+		return EIO;
+	}
+	return 0;
 }
 
 int kvof_cm_event_take(struct rdma_event_channel *ch, struct kvof_cm_event *out) {

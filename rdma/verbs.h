@@ -35,8 +35,8 @@ int kvof_turn(struct kvof_chain *chains, int nchains, struct kvof_wr *wrs, struc
 // Asks for an event at the next completion of each queue; an errno or 0.
 int kvof_arm(struct ibv_cq *cq);
 
-// Takes and acknowledges one event of a completion channel: 1, or 0 when there is none, or a negative errno.
-int kvof_cq_event(struct ibv_comp_channel *ch);
+// Waits until the completion channel has an event, which it takes and acknowledges, or the eventfd wake was written: 0, or an errno.
+int kvof_wait(struct ibv_comp_channel *ch, int wake);
 
 // One connection manager event with what Go wants of it.
 struct kvof_cm_event {

@@ -44,10 +44,11 @@ type engine struct {
 	pinned pins
 	reaped chan struct{} // closed when the completion goroutine has ended
 
-	reaping atomic.Bool    // somebody takes completions: the completion goroutine, or a waiter
-	batch   [64]completion // whose memory this is, and yielded
-	yielded time.Time      // when a waiter was last seen by Go's scheduler
-	parked  atomic.Int32   // waiters that leave that to others; goes up with the mutex
+	reaping   atomic.Bool    // somebody takes completions: the completion goroutine, or a waiter
+	batch     [64]completion // whose memory this is, and yielded
+	yielded   time.Time      // when a waiter was last seen by Go's scheduler
+	entrusted bool           // with ops that nobody waits for: the completion goroutine waits for all, in the kernel
+	parked    atomic.Int32   // waiters that leave that to others; goes up with the mutex
 
 	mu         sync.Mutex
 	pending    queue    // ops with commands still to start; only the first may have some started
@@ -190,6 +191,7 @@ func (g *engine) Submit(ops ...*Op) {
 		} else {
 			g.pending.push(o)
 			if o.Then != nil {
+				g.entrusted = true
 				g.entrust()
 			}
 		}
@@ -267,15 +269,20 @@ func (g *engine) await(o *Op) {
 			if g.parked.Load() > 0 {
 				break
 			}
-			if now := time.Now(); now.Sub(g.yielded) > yieldEvery {
-				g.yielded = now
-				runtime.Gosched()
-			}
-			g.ring.block()
+			g.block()
 		}
 		g.release()
 	}
 	<-o.done
+}
+
+// block waits in the kernel for a completion. Its caller has set reaping.
+func (g *engine) block() {
+	if now := time.Now(); now.Sub(g.yielded) > yieldEvery {
+		g.yielded = now
+		runtime.Gosched()
+	}
+	g.ring.block()
 }
 
 // park waits while others take the completions, but for those that are there already.
@@ -517,12 +524,16 @@ func (g *engine) rest() (over bool) {
 	g.mu.Lock()
 	g.kick()
 	needed := g.needed()
-	g.ring.hush(!needed)
+	stay := g.entrusted && !g.closing && !g.polled && g.reaping.CompareAndSwap(false, true)
+	g.ring.hush(!needed || stay)
 	idle := !g.submitting && g.ring.ready() == 0 && len(g.free) == len(g.slots)
 	over = g.closing && idle && g.elsewhere == 0 && g.pending.head == nil && g.reaping.CompareAndSwap(false, true) // for ever
 	g.mu.Unlock()
 	switch {
 	case over:
+	case stay:
+		g.block()
+		g.reaping.Store(false)
 	case needed && g.polled && !idle:
 		g.ring.poll()
 	case needed && g.ring.completed():
@@ -539,6 +550,9 @@ func (g *engine) finishAll() bool {
 	g.mu.Lock()
 	again := g.closing
 	g.closing = true
+	if !again {
+		g.nudge()
+	}
 	g.mu.Unlock()
 	if !again {
 		g.ring.wake()

@@ -20,8 +20,12 @@ const (
 	recvDepth = 4096
 	sendDepth = 2 * recvDepth
 
+	// yieldEvery is how long a lane may only ever wait in the kernel: a goroutine that Go's scheduler does not see for 10 ms has
+	// the runtime's monitor look every 20 us for a while.
+	yieldEvery = 4 * time.Millisecond
+
 	// lateTime is how long the end of a send that nobody waits for may go unnoticed.
-	lateTime = 10 * time.Millisecond
+	lateTime = 100 * time.Millisecond
 
 	// spinTime is how long a lane looks for work before it asks for an interrupt, if work has lately come that fast. To
 	// sleep and be woken costs more than that.
@@ -54,6 +58,7 @@ type lane struct {
 	ended   []entry     // scratch
 	reads   uring.Batch // that the commands of this turn begin
 	score   int
+	yielded time.Time // when Go's scheduler was last given a turn
 
 	lag              *time.Timer
 	lagging, overdue atomic.Bool // it runs; it has run out
@@ -319,6 +324,10 @@ func (l *lane) sleep() {
 	}
 	l.dev.sleeps.Add(1)
 	start := time.Now()
+	if start.Sub(l.yielded) > yieldEvery {
+		l.yielded = start
+		runtime.Gosched()
+	}
 	if err := l.ch.Wait(); err != nil {
 		l.dev.lost("waiting for completions failed: " + err.Error())
 		time.Sleep(time.Millisecond)
