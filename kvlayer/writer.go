@@ -13,6 +13,9 @@ import (
 // 2 MiB of read-ahead or write-behind.
 const window = 8
 
+// lookahead is how many buffers of a value that is stored may be filled at a time.
+const lookahead = 4
+
 // transferSlot is one of them.
 type transferSlot struct {
 	op   uring.Op
@@ -49,11 +52,12 @@ type Writer struct {
 	promised bool // counted in Store.promised
 	written  bool // headers may lie there
 
-	cur   uring.Buf // being filled, from byte base of the value on
-	base  int64
-	slots [window]transferSlot
-	next  int // slot
-	err   error
+	pieces [lookahead]uring.Buf // for what comes, in order, from byte base of the value on
+	coming int                  // of these
+	base   int64
+	slots  [window]transferSlot
+	next   int // slot
+	err    error
 }
 
 // Create begins to store a value of size bytes under k, and takes the space
@@ -326,21 +330,40 @@ func (w *Writer) inPlace() bool { return w.s.p.mem && w.n > 0 }
 // most max: the device's own memory, or part of an arena buffer, for which it
 // may wait. Asked again before Filled it returns the same memory. It is nil
 // when the value is complete. The memory is w's until Filled, Commit or Abort.
-func (w *Writer) Buffer(max int) []byte {
-	if w.s == nil || w.done == w.size || max <= 0 {
+func (w *Writer) Buffer(max int) []byte { return w.Ahead(0, max) }
+
+// Ahead is Buffer for the bytes that are off behind the next: what comes by
+// several ways at a time is told of, by Filled, in order. What was handed out
+// before ends where off begins. It is nil when that has to be Filled first.
+func (w *Writer) Ahead(off, max int) []byte {
+	at := w.done + int64(off)
+	if w.s == nil || at >= w.size || max <= 0 {
 		return nil
 	}
-	n := min(int64(max), w.size-w.done)
+	n := min(int64(max), w.size-at)
+	e := w.s.p.super.extent
 	if w.inPlace() {
-		e := w.s.p.super.extent
-		return w.view(w.done, w.done+min(n, e-w.done%e))
+		return w.view(at, at+min(n, e-at%e))
 	}
-	if w.cur.Data == nil {
+	if w.coming == 0 {
 		w.base = w.done
-		e := w.s.p.super.extent
-		w.cur = w.s.p.arena.Get(int(min(uring.LargeBuf, roundUp(w.size-w.done), e-w.done%e)))
 	}
-	b := w.cur.Data[w.done-w.base:]
+	i, base := 0, w.base
+	for i < w.coming && at-base >= int64(len(w.pieces[i].Data)) {
+		base += int64(len(w.pieces[i].Data))
+		i++
+	}
+	if i == lookahead {
+		return nil
+	}
+	if i == w.coming {
+		if i > 0 { // w holds no more than window and one buffers
+			w.wait(&w.slots[(w.next+i-1)%window])
+		}
+		w.pieces[i] = w.s.p.arena.Get(int(min(uring.LargeBuf, roundUp(w.size-at), e-at%e)))
+		w.coming++
+	}
+	b := w.pieces[i].Data[at-base:]
 	return b[:min(n, int64(len(b)))]
 }
 
@@ -352,10 +375,10 @@ func (w *Writer) Filled(n int) {
 	}
 	if w.inPlace() {
 		w.done = min(w.done+int64(n), w.size)
-	} else if w.cur.Data == nil {
+	} else if w.coming == 0 {
 		return
 	} else {
-		w.done = min(w.done+int64(n), w.size, w.base+int64(len(w.cur.Data)))
+		w.done = min(w.done+int64(n), w.size, w.base+int64(len(w.pieces[0].Data)))
 	}
 	for w.n > 0 {
 		from := int64(len(w.sums)) * pieceSize
@@ -367,20 +390,23 @@ func (w *Writer) Filled(n int) {
 		if w.inPlace() {
 			piece = w.view(from, to)
 		} else {
-			piece = w.cur.Data[from-w.base : to-w.base]
+			piece = w.pieces[0].Data[from-w.base : to-w.base]
 		}
 		w.sums = append(w.sums, xxh3.Hash(piece))
 	}
-	if !w.inPlace() && (w.done-w.base == int64(len(w.cur.Data)) || w.done == w.size) {
-		clear(w.cur.Data[w.done-w.base:])
+	if !w.inPlace() && (w.done-w.base == int64(len(w.pieces[0].Data)) || w.done == w.size) {
+		clear(w.pieces[0].Data[w.done-w.base:])
 		w.flush()
+		w.base = w.done
 	}
 }
 
-// flush starts to write the current buffer.
+// flush starts to write the first piece.
 func (w *Writer) flush() {
-	b := w.cur
-	w.cur = uring.Buf{}
+	b := w.pieces[0]
+	w.coming--
+	copy(w.pieces[:], w.pieces[1:])
+	w.pieces[lookahead-1] = uring.Buf{}
 	if w.n == 0 {
 		b.Put()
 		return
@@ -565,7 +591,9 @@ func (w *Writer) Abort() {
 		return
 	}
 	_ = w.drain()
-	w.cur.Put()
+	for _, b := range w.pieces {
+		b.Put()
+	}
 	s.p.mu.Lock()
 	s.giveAll(w, w.n)
 	s.p.mu.Unlock()
@@ -580,6 +608,6 @@ func (w *Writer) Abort() {
 
 func (w *Writer) reset() {
 	w.s, w.err = nil, nil
-	w.cur = uring.Buf{}
+	w.pieces, w.coming = [lookahead]uring.Buf{}, 0
 	w.done, w.base, w.n, w.promised, w.written = 0, 0, 0, false, false
 }

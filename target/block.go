@@ -236,9 +236,9 @@ type ranges struct {
 	ops []uring.Op // made as they are needed, and kept
 }
 
-func (s *ranges) Buffer(limit int) []byte { return s.b[s.n:min(len(s.b), s.n+limit)] }
-func (s *ranges) Filled(n int)            { s.n += n }
-func (s *ranges) Abort()                  {}
+func (s *ranges) Ahead(off, limit int) []byte { return s.b[s.n+off : min(len(s.b), s.n+off+limit)] }
+func (s *ranges) Filled(n int)                { s.n += n }
+func (s *ranges) Abort()                      {}
 
 // list makes the request's ranges empty.
 func (r *Request) list() *ranges {
@@ -325,8 +325,12 @@ func copyRanges(r *Request) {
 // control is what of a command's CDW12 a drive is told too.
 func control(dw12 uint32) uint16 { return uint16(dw12 & handOn >> 16) }
 
-// window is how many device operations of one command are in flight together.
-const window = 8
+const (
+	// window is how many device operations of one command are in flight together.
+	window = 8
+	// lookahead is how many pieces of a command's data come at a time.
+	lookahead = 4
+)
 
 // stream moves a range of a device through a window of arena pieces: out of it by next, into it (or against it, for
 // Compare) as a sink. On a memory device the sink hands out the device's own memory.
@@ -342,8 +346,9 @@ type stream struct {
 	bufs       [window]uring.Buf
 	head, tail int // ops[head%window] is the oldest in flight
 	batch      uring.Batch
-	cur        uring.Buf // being filled
-	filled     int
+	pieces     [lookahead]uring.Buf // for what comes, in order
+	coming     int                  // of these
+	filled     int                  // bytes of the first
 }
 
 func (s *stream) reset(n *namespace, op uint8, off, length int64, dw12 uint32) {
@@ -424,18 +429,25 @@ func (s *stream) next() (uring.Buf, error) {
 	return b, nil
 }
 
-// Buffer implements sink.
-func (s *stream) Buffer(limit int) []byte {
+// Ahead implements sink.
+func (s *stream) Ahead(off, limit int) []byte {
 	if s.ns.inline && s.op == nvmeof.OpWrite {
-		return s.ns.dev.View(s.off, min(s.left, int64(limit)))
+		return s.ns.dev.View(s.off+int64(off), min(s.left-int64(off), int64(limit)))
 	}
-	if s.cur.Data == nil {
-		if s.busy() == window {
+	off += s.filled
+	i := off / uring.LargeBuf
+	if i == lookahead {
+		return nil
+	}
+	if i == s.coming {
+		if s.busy()+s.coming == window {
 			s.retire().Put()
 		}
-		s.cur = s.ns.arena.Get(int(min(s.left, uring.LargeBuf)))
+		s.pieces[i] = s.ns.arena.Get(int(min(s.left-int64(off), uring.LargeBuf)))
+		s.coming++
 	}
-	return s.cur.Data[s.filled:min(len(s.cur.Data), s.filled+limit)]
+	b := s.pieces[i].Data[off%uring.LargeBuf:]
+	return b[:min(len(b), limit)]
 }
 
 // Filled implements sink: a full piece starts its device operation.
@@ -445,11 +457,13 @@ func (s *stream) Filled(n int) {
 		s.left -= int64(n)
 		return
 	}
-	if s.filled += n; s.filled < len(s.cur.Data) {
+	b := s.pieces[0]
+	if s.filled += n; s.filled < len(b.Data) {
 		return
 	}
-	b := s.cur
-	s.cur, s.filled = uring.Buf{}, 0
+	s.coming--
+	copy(s.pieces[:], s.pieces[1:])
+	s.pieces[lookahead-1], s.filled = uring.Buf{}, 0
 	if s.op == nvmeof.OpCompare && s.ns.forwards(nvmeof.ONCSCompare) {
 		s.start(uring.OpCompare, b)
 		return
@@ -487,6 +501,8 @@ func (s *stream) finish() error {
 func (s *stream) Abort() {
 	s.left = 0
 	_ = s.finish()
-	s.cur.Put()
-	s.cur, s.filled = uring.Buf{}, 0
+	for _, b := range s.pieces {
+		b.Put()
+	}
+	s.pieces, s.coming, s.filled = [lookahead]uring.Buf{}, 0, 0
 }

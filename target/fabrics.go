@@ -31,9 +31,11 @@ type connectData struct {
 	n int
 }
 
-func (s *connectData) Buffer(limit int) []byte { return s.b[s.n:min(len(s.b), s.n+limit)] }
-func (s *connectData) Filled(n int)            { s.n += n }
-func (s *connectData) Abort()                  {}
+func (s *connectData) Ahead(off, limit int) []byte {
+	return s.b[s.n+off : min(len(s.b), s.n+off+limit)]
+}
+func (s *connectData) Filled(n int) { s.n += n }
+func (s *connectData) Abort()       {}
 
 func (q *Queue) connect(r *Request) {
 	switch {

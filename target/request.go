@@ -64,14 +64,18 @@ type Request struct {
 
 // sink takes a command's data in order, as kvlayer.Writer does.
 type sink interface {
-	Buffer(limit int) []byte // memory for the next bytes, at most limit, at least 1
-	Filled(n int)            // the first n of them are there
-	Abort()                  // no more will come
+	Ahead(off, limit int) []byte // memory for the bytes from off on, behind those filled: see Request.Ahead
+	Filled(n int)                // the next n bytes are there
+	Abort()                      // no more will come
 }
 
 // Buffer returns memory for the next bytes of the data being pulled: at least 1, at most limit. It may block until a
 // piece of the arena is free.
-func (r *Request) Buffer(limit int) []byte { return r.sink.Buffer(limit) }
+func (r *Request) Buffer(limit int) []byte { return r.sink.Ahead(0, limit) }
+
+// Ahead is Buffer for the bytes that are off behind the next: a transport has several pieces come at a time, and tells of
+// them, by Filled, in order. What was handed out before ends where off begins. nil: the pieces before have to come first.
+func (r *Request) Ahead(off, limit int) []byte { return r.sink.Ahead(off, limit) }
 
 // Filled tells that the first n bytes of what Buffer returned are there.
 func (r *Request) Filled(n int) { r.sink.Filled(n) }
@@ -106,7 +110,7 @@ func (r *Request) receive(n uint32, s sink, then func(*Request)) {
 	}
 	r.queue.target.copied.Add(uint64(n))
 	for data = data[:n]; len(data) > 0; {
-		c := copy(s.Buffer(len(data)), data)
+		c := copy(s.Ahead(0, len(data)), data)
 		s.Filled(c)
 		data = data[c:]
 	}

@@ -17,6 +17,8 @@ import (
 const (
 	// maxPull is the most that one step of a transfer from the host brings: it is checksummed and stored while the next comes.
 	maxPull = 1 << 20
+	// overlap is how many such steps of a command are under way together, where READs are to be had.
+	overlap = 4
 	// maxSGEs is the most pieces of memory that one work request names.
 	maxSGEs = 8
 	// drainTime is how long a failed queue pair may take to give back what was posted, and to say that it uses no receive any
@@ -82,11 +84,20 @@ type op struct {
 	slot uint32 // that the capsule's data is in
 	held bool   // slot is
 
-	bad  bool // data could not be sent: the command fails
+	bad    bool          // data could not be sent: the command fails
+	parts  [overlap]part // of a pull, in order
+	asked  uint32        // bytes whose READs are queued
+	got    uint32        // bytes that are there
+	failed bool
+	wake   chan bool // of an asynchronous pull: the end of a part
+
+	under int // parts whose READs are under way
+}
+
+// part is a piece of a command's memory that READs fill.
+type part struct {
 	want []byte
-	page int32 // that want's bytes arrive in
-	got  uint32
-	wake chan bool // of an asynchronous pull: the result of a step
+	page int32 // that its bytes arrive in
 }
 
 type kind uint8
@@ -392,10 +403,10 @@ func (c *conn) op(r *target.Request) *op {
 	}
 	o := c.ops[r.Tag]
 	if o == nil {
-		o = &op{c: c, r: r, wake: make(chan bool, 1)}
+		o = &op{c: c, r: r, wake: make(chan bool, overlap)}
 		c.ops[r.Tag] = o
 	}
-	o.held, o.bad, o.want, o.page, o.got = false, false, nil, noPage, 0
+	o.held, o.bad, o.failed, o.asked, o.got, o.under = false, false, false, 0, 0, 0
 	return o
 }
 
@@ -486,99 +497,115 @@ func (c *conn) Complete(r *target.Request) {
 	c.post(async)
 }
 
-// Pull implements target.Conn: RDMA READs. On the lane it is a sequence of steps, each begun by the completion of the one
-// before; a request in a goroutine of its own waits there.
+// Pull implements target.Conn: RDMA READs, for some parts of the data at a time. On the lane it goes on with the end of each
+// part; a request in a goroutine of its own waits there.
 func (c *conn) Pull(r *target.Request) {
 	o := c.opOf(r)
 	if !r.Async {
 		c.step(o)
 		return
 	}
-	for o.got < r.PullLength {
-		if !c.begin(o) {
-			r.Aborted()
-			return
+	for o.got < r.PullLength && !o.failed {
+		if o.failed = !c.ask(o); o.under == 0 {
+			break
 		}
 		c.flush()
-		if !<-o.wake {
-			c.forget(o)
-			r.Aborted()
-			return
-		}
-		c.filled(o)
+		c.ended(o, <-o.wake)
 	}
-	r.Received(nvmeof.Success)
+	for o.under > 0 {
+		<-o.wake
+		c.ended(o, false)
+	}
+	c.pulled(o)
+}
+
+// pulled ends a pull of which nothing is under way.
+func (c *conn) pulled(o *op) {
+	if o.failed {
+		o.r.Aborted()
+	} else {
+		o.r.Received(nvmeof.Success)
+	}
 }
 
 // step goes on with a pull on the lane.
 func (c *conn) step(o *op) {
-	switch {
-	case o.got == o.r.PullLength:
-		o.r.Received(nvmeof.Success)
-	case c.begin(o):
+	if !o.failed && o.got < o.r.PullLength {
+		o.failed = !c.ask(o)
 		c.lane.touch(c)
-	default:
-		o.r.Aborted()
+	}
+	if o.under == 0 {
+		c.pulled(o)
 	}
 }
 
-// begin queues the READs of the next part of a pull; false when the connection is over.
-func (c *conn) begin(o *op) bool {
-	o.want = o.r.Buffer(int(min(o.r.PullLength-o.got, maxPull)))
-	data := o.want
-	if c.dev.region(data) == nil { // small structures on the Go heap, such as Connect data
-		ps := c.dev.bounce.take(1)
-		if ps == nil {
+// ask queues the READs of as many parts as may come now; false when the connection is over.
+func (c *conn) ask(o *op) bool {
+	for o.asked < o.r.PullLength && o.under < overlap {
+		p := part{o.r.Ahead(int(o.asked-o.got), int(min(o.r.PullLength-o.asked, maxPull))), noPage}
+		data := p.want
+		if len(data) == 0 { // the parts before come first
+			break
+		}
+		if c.dev.region(data) == nil { // small structures on the Go heap, such as Connect data
+			ps := c.dev.bounce.take(1)
+			if ps == nil {
+				return false
+			}
+			p.page = ps[0]
+			p.want = p.want[:min(len(data), pageSize)]
+			data = c.dev.bounce.at(p.page, len(p.want))
+		}
+		c.mu.Lock()
+		over := c.over
+		if !over {
+			c.reads.push(item{op: o, kind: read, page: p.page, data: data})
+		}
+		c.mu.Unlock()
+		if over {
+			c.forget(p)
 			return false
 		}
-		o.page = ps[0]
-		o.want = o.want[:min(len(data), pageSize)]
-		data = c.dev.bounce.at(o.page, len(o.want))
+		o.parts[o.under] = p
+		o.under++
+		o.asked += uint32(len(p.want))
 	}
-	c.mu.Lock()
-	over := c.over
-	if !over {
-		c.reads.push(item{op: o, kind: read, page: noPage, data: data})
-	}
-	c.mu.Unlock()
-	if over {
-		c.forget(o)
-	}
-	return !over
+	return true
 }
 
-// filled hands the part that has arrived to the command.
-func (c *conn) filled(o *op) {
-	if o.page != noPage {
-		copy(o.want, c.dev.bounce.at(o.page, len(o.want)))
-		c.forget(o)
+// ended hands the oldest part to the command when it has arrived.
+func (c *conn) ended(o *op, ok bool) {
+	p := o.parts[0]
+	o.under--
+	copy(o.parts[:], o.parts[1:])
+	o.parts[overlap-1] = part{}
+	if o.failed = o.failed || !ok; o.failed {
+		c.forget(p)
+		return
 	}
-	n := len(o.want)
-	o.want = nil
-	o.got += uint32(n)
-	o.r.Filled(n)
+	if p.page != noPage {
+		copy(p.want, c.dev.bounce.at(p.page, len(p.want)))
+		c.forget(p)
+	}
+	o.got += uint32(len(p.want))
+	o.r.Filled(len(p.want))
 }
 
 // forget gives the page of a part back.
-func (c *conn) forget(o *op) {
-	if o.page != noPage {
-		c.dev.bounce.put(o.page)
-		o.page = noPage
+func (c *conn) forget(p part) {
+	if p.page != noPage {
+		c.dev.bounce.put(p.page)
 	}
 }
 
-// arrived tells a pull that the READs of a part are over.
+// arrived tells a pull that the READs of its oldest part are over.
 func (c *conn) arrived(o *op, ok bool) {
-	switch {
-	case o.r.Async:
+	if o.r.Async {
 		o.wake <- ok
-	case ok:
-		c.filled(o)
-		c.step(o)
-	default:
-		c.forget(o)
-		o.r.Aborted()
+		return
 	}
+	c.ended(o, ok)
+	c.step(o)
 }
 
 // flush posts what is queued unless somebody else is already at it, who then looks again.
@@ -689,7 +716,7 @@ func (c *conn) note(it item, wrs int, end bool, w wait) uint64 {
 
 // cut takes the next piece of an item's memory that one SGE can name and one descriptor of the host holds.
 func (c *conn) cut(it *item, most uint64) (sge rdma.SGE, addr uint64, key uint32) {
-	if it.page != noPage || it.op.page != noPage {
+	if it.page != noPage {
 		sge = c.dev.bounce.sge(it.data)
 	} else if r := c.dev.region(it.data); r != nil {
 		sge, _ = r.Split(it.data)

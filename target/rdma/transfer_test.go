@@ -109,3 +109,48 @@ func (h *host) kv(op uint8, nsid uint32, key string, n, off int) nvmeof.Completi
 	c.SetSGL(nvmeof.MakeSGL(nvmeof.SGLLastSegment, 0, uint32(len(list))))
 	return h.must(c, list)
 }
+
+// TestOverlap shows that the READs of one command overlap, as far as the host answers so many.
+func TestOverlap(t *testing.T) {
+	dir := t.TempDir()
+	e := serve(t, rdmatest.DefaultCaps(), kv(1, configs.DeviceFile, dir, 256<<20), block(2, configs.DeviceFile, dir, 64<<20), kv(3, configs.DeviceMemory, dir, 256<<20))
+	_, io := e.queues(8 << 20)
+	const n = 4 << 20
+	pattern(io.data[:n], 1)
+	store := func(nsid uint32) (c nvmeof.Command) {
+		c.SetHeader(nvmeof.OpStore, 0, nsid)
+		c.SetKey([]byte("key"))
+		c.SetKV(n, 0)
+		c.SetSGL(io.keyed(0, n))
+		return c
+	}
+	for _, cmd := range []nvmeof.Command{store(1), io.rw(nvmeof.OpWrite, 2, 0, n/4096, 0), store(3)} {
+		e.dev.Stall(true)
+		io.send(cmd, nil)
+		eventually(t, func() error {
+			e.transport.mu.Lock()
+			defer e.transport.mu.Unlock()
+			most := 0
+			for _, d := range e.transport.devices {
+				d.mu.Lock()
+				for c := range d.conns {
+					c.mu.Lock()
+					most = max(most, c.reading.len())
+					c.mu.Unlock()
+				}
+				d.mu.Unlock()
+			}
+			if most != overlap {
+				return fmt.Errorf("namespace %d: %d READs at a time", cmd.NSID(), most)
+			}
+			return nil
+		})
+		e.dev.Stall(false)
+		if cqe, err := io.recv(); err != nil || cqe.Status() != nvmeof.Success {
+			t.Error(err, cqe.Status())
+		}
+	}
+	clear(io.data[n:])
+	io.kv(nvmeof.OpRetrieve, 1, "key", n, n)
+	check(t, "value", io.data[n:][:n], io.data[:n])
+}
