@@ -8,8 +8,8 @@ package rdma
 #cgo nocallback kvof_turn
 #cgo noescape kvof_arm
 #cgo nocallback kvof_arm
-#cgo noescape kvof_wait
-#cgo nocallback kvof_wait
+#cgo noescape kvof_channel_wait
+#cgo nocallback kvof_channel_wait
 #include "verbs.h"
 */
 import "C"
@@ -865,7 +865,7 @@ func (c *channel) Turn(b *Batch, wc []WC) int {
 // Wait keeps its thread, and the processor that goes with it for as long as nobody else wants that: a completion wakes the
 // thread itself. Go's poller takes two more system calls, and wakes a second thread that polls in its place.
 func (c *channel) Wait() error {
-	if rc := C.kvof_wait(c.ch, C.int(c.waker)); rc != 0 {
+	if rc := C.kvof_channel_wait(c.ch, C.int(c.waker)); rc != 0 {
 		return syscall.Errno(rc)
 	}
 	return nil // the events of other queues make the next Wait short

@@ -123,7 +123,7 @@ int kvof_arm(struct ibv_cq *cq) { return positive(ibv_req_notify_cq(cq, 0)); }
 
 static int again(void) { return errno == EAGAIN || errno == EINTR ? 0 : -errno; }
 
-int kvof_wait(struct ibv_comp_channel *ch, int wake) {
+int kvof_channel_wait(struct ibv_comp_channel *ch, int wake) {
 	struct pollfd fds[] = {{.fd = ch->fd, .events = POLLIN}, {.fd = wake, .events = POLLIN}};
 	if (poll(fds, 2, -1) < 0)
 		return errno == EINTR ? 0 : errno;

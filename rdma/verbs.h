@@ -36,7 +36,7 @@ int kvof_turn(struct kvof_chain *chains, int nchains, struct kvof_wr *wrs, struc
 int kvof_arm(struct ibv_cq *cq);
 
 // Waits until the completion channel has an event, which it takes and acknowledges, or the eventfd wake was written: 0, or an errno.
-int kvof_wait(struct ibv_comp_channel *ch, int wake);
+int kvof_channel_wait(struct ibv_comp_channel *ch, int wake);
 
 // One connection manager event with what Go wants of it.
 struct kvof_cm_event {
