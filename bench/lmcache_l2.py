@@ -96,7 +96,7 @@ def mooncake(folder: str, port: int):
     at, client = os.environ["MOONCAKE"], free_port()
     os.environ["PYTHONPATH"] += f":{at}:{ROOT / 'bench'}"
     server = (
-        f"{at}/mooncake/mooncake_master --rpc_port={port} --enable_http_metadata_server=false --default_kv_lease_ttl=1000 & sleep 1; exec {at}/mooncake/mooncake_client --host=127.0.0.1 --port={client} "
+        f"{at}/mooncake/mooncake_master --rpc_port={port} --enable_http_metadata_server=false & sleep 1; exec {at}/mooncake/mooncake_client --host=127.0.0.1 --port={client} "
         f"--protocol=tcp --metadata_server=P2PHANDSHAKE --master_server_address=127.0.0.1:{port} --global_segment_size='{(NEEDED * 5 // 4 >> 30) + 1} GB'")
     spec = {
         "type": "native_plugin", "module_path": "mooncake_connector", "class_name": "Connector",
@@ -118,7 +118,7 @@ at = ctypes.addressof(ctypes.c_char.from_buffer(value))
 store.register_buffer(at, len(value))
 for i in range(int(sys.argv[2])):
     assert store.put_from(f"warm{i}", at, len(value)) == 0
-time.sleep(2)  # leases
+time.sleep(12)  # leases
 assert store.remove_all() >= 0
 store.close()
 """
