@@ -50,6 +50,19 @@ nvme write "${disk[3]}" --start-block=0 --block-count=15 --data-size=65536 --dat
 after=$(available)
 [ "$(jq -cn "[$before, $after] | transpose | map(.[0] != .[1])")" = '[false,true,false,false]' ]
 
+it 'Verify, Compare, Copy, Write Zeroes and Deallocate of a block namespace reach the drive'
+local=/dev/$(drive drive2)n1
+on_drive() { dd if="$local" bs=4096 skip=$1 count=16 iflag=direct; } # BLOCK
+at_64() { nvme "$1" "${disk[3]}" --start-block=64 --block-count="$2" "${@:3}"; } # COMMAND BLOCKS-1
+nvme copy "${disk[3]}" --sdlba=64 --slbs=0 --blocks=15
+on_drive 64 | cmp - data
+at_64 verify 15
+at_64 compare 15 --data-size=65536 --data=data
+fails at_64 compare 14 --data-size=61440 --data=<(tail -c 61440 data)
+at_64 write-zeroes 7
+on_drive 64 | cmp - <(head -c 32768 /dev/zero; tail -c 32768 data)
+nvme dsm "${disk[3]}" --ad --slbs=64 --blocks=16 # advice, which QEMU does not take
+
 it 'a media error stays one, and its neighbours are read'
 nvme read "${disk[4]}" --start-block=204792 --block-count=7 --data-size=4096 --data=out
 fails nvme read "${disk[4]}" --start-block=204800 --block-count=7 --data-size=4096 --data=out 2> error

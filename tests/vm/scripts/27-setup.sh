@@ -61,6 +61,7 @@ it 'setup refuses drives that a server uses, and keeps the stores of others'
 fails setup --drives "${ng[0]}"
 tells 'in use' || cat story
 kill_target TERM
+/vm/kvof drive inspect --verify "${ng[0]}"
 setup --drives $all "${rdma[@]}" --nqn nqn.2026-11.dev.kvof:setup
 tells 'a pool of 3 drives'
 start_target

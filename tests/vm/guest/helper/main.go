@@ -3,7 +3,7 @@
 //	helper uring-cmd DEVICE NSID OPCODE CDW2 CDW3 CDW10 CDW11 CDW12 CDW13 CDW14 CDW15 LENGTH FILE
 //	    sends one command by io_uring passthrough and prints its status and DW0, both in hexadecimal;
 //	    FILE holds, or gets, the LENGTH bytes of data, by the direction in the opcode
-//	helper engine DEVICE read|write SIZE DEPTH SECONDS [block] [poll] [whole]
+//	helper engine DEVICE read|write SIZE DEPTH SECONDS [block] [poll] [whole] [each] [store]
 //	    measures kvof's engine on a drive; see engine
 //	helper rdma-connect HOST:PORT PRIVATE_DATA READS
 //	    asks for an RDMA connection with private data, in hexadecimal, and prints "accepted CRQSIZE" or "refused STATUS"
