@@ -59,6 +59,7 @@ type device struct {
 	first  int64 // the pool's number of segs[0]
 	places int   // placement handles
 	lost   atomic.Bool
+	out    atomic.Bool  // lost, and the others know: what it holds cannot come back
 	load   atomic.Int64 // bytes of writes in progress
 	errs   atomic.Int64 // failed ops in a row
 	flush  flusher
@@ -388,8 +389,8 @@ func (d *device) lose(err error) {
 }
 
 // forget makes the values of a lost device misses for good: removes them from the
-// index, and raises the device's epoch, so that they do not come back with it.
-func (d *device) forget() {
+// index, and raises the device's epoch, so that they do not come back with it. False if that could not be written.
+func (d *device) forget() bool {
 	p := d.p
 	p.meta.Lock()
 	p.super.epochs[d.member]++
@@ -397,7 +398,9 @@ func (d *device) forget() {
 	p.meta.Unlock()
 	if err != nil {
 		p.log.Error("cannot write the superblocks", "error", err)
+		return false
 	}
+	d.out.Store(true)
 	for _, s := range p.all() {
 		s.index.each(func(es []entry) bool {
 			for _, e := range es {
@@ -408,6 +411,7 @@ func (d *device) forget() {
 			return true
 		})
 	}
+	return true
 }
 
 // rejoin takes a lost device that answers again back, empty.
@@ -443,12 +447,14 @@ func (d *device) rejoin(sl *slot) bool {
 	}
 	d.errs.Store(0)
 	p.mu.Unlock()
+	d.out.Store(false)
 	d.lost.Store(false)
 	p.meta.Lock()
 	err := p.writeSupers()
 	p.meta.Unlock()
 	if err != nil {
 		d.lost.Store(true)
+		d.out.Store(true)
 		return false
 	}
 	p.mu.Lock()

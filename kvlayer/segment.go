@@ -401,8 +401,11 @@ func (p *Pool) away(d *device) {
 		return
 	}
 	defer p.putSlot(sl)
-	d.forget()
-	for d.lost.Load() && !d.rejoin(sl) {
+	known := false
+	for d.lost.Load() {
+		if known = known || d.forget(); known && d.rejoin(sl) {
+			return
+		}
 		select {
 		case <-p.stop:
 			return

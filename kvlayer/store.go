@@ -280,10 +280,16 @@ func (s *Store) kill(sl *slot, k Key) (*segment, error) {
 			g.meta.Unlock()
 			continue
 		}
-		if g.dev.lost.Load() {
-			return g, nil // it cannot come back
+		if !g.dev.lost.Load() {
+			return g, g.bury(sl, e, off)
 		}
-		return g, g.bury(sl, e, off)
+		for range 1000 { // the keeper tells the other devices
+			if g.dev.out.Load() {
+				return g, nil // it cannot come back
+			}
+			time.Sleep(time.Millisecond)
+		}
+		return g, uring.ErrGone
 	}
 }
 

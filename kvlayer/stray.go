@@ -62,7 +62,7 @@ func (t *stray) bury(sl *slot) error {
 	p.mu.Lock()
 	there := g.gen == t.rec.gen && g.state != segmentFree && g.state != segmentDraining
 	p.mu.Unlock()
-	if !there || g.dev.lost.Load() {
+	if !there || g.dev.out.Load() {
 		return nil
 	}
 	if err := g.writeRecord(sl, t.rec, nil); err != nil {
