@@ -206,7 +206,6 @@ type recovery struct {
 	dead  []entry         // records that lost to another, and must not come back
 	torn  []*segment      // whose summary is damaged, or cannot be read today
 	moved []partRecord    // copies that reclaiming made of what is still in use
-	twins []partRecord    // the same record again: a crash came after endMoves had made a copy count
 	parts []partRecord    // other than the first of their values
 	seq   uint64
 	done  int
@@ -410,10 +409,7 @@ func (r *recovery) add(g *segment, rec *record) {
 		r.parts = append(r.parts, partRecord{s, e})
 	default:
 		if old, ok := s.index.get(rec.key, 0, 0); ok {
-			if old.seq() == e.seq() {
-				r.twins = append(r.twins, partRecord{s, e})
-				return
-			} else if old.seq() > e.seq() {
+			if old.seq() >= e.seq() {
 				r.dead = append(r.dead, e)
 				return
 			}
@@ -444,19 +440,6 @@ func (r *recovery) clearTorn(sl *slot) error {
 // endMoves ends what reclaiming had begun: a copy that is whole takes its original's
 // place, so that interrupted reclaims do not use up the space there is for them.
 func (r *recovery) endMoves(sl *slot) error {
-	for _, t := range r.twins {
-		if old, ok := t.s.index.get(t.e.key(), 0, 0); ok && old.seq() == t.e.seq() {
-			live, err := r.liveHeader(sl, old)
-			if err != nil {
-				return err
-			}
-			if !live { // its end had begun, so the other counts
-				r.stand(t.s, old, t.e)
-				continue
-			}
-		}
-		r.dead = append(r.dead, t.e)
-	}
 	for _, m := range r.moved {
 		old, ok := m.s.index.get(m.e.key(), 0, 0)
 		if ok = ok && old.seq() == m.e.seq(); ok {
@@ -485,24 +468,12 @@ func (r *recovery) stand(s *Store, old, e entry) {
 	r.count(s, e, 1)
 }
 
-// liveHeader tells that e's header can be read and is not marked dead.
-func (r *recovery) liveHeader(sl *slot, e entry) (bool, error) {
-	g, off := r.segmentOf(e.block())
-	b, err := g.dev.read(&sl.op, sl.mem, off, block)
-	if errors.Is(err, uring.ErrMedia) {
-		return false, nil
-	} else if err != nil {
-		return false, err
-	}
-	rec, ok := parseRecord(b, r.super.seed, r.super.extent)
-	return ok && rec.off == off && rec.gen == g.gen && rec.is(e), nil
-}
-
-// buryAll marks what lost dead: first in the headers, for good, then in the summaries.
+// buryAll marks what lost dead: first in the summaries, for good, then in the headers. So where
+// there are two of a record, and one died, the other counts for sure.
 func (r *recovery) buryAll(sl *slot) error {
 	for _, step := range [...]func(g *segment, e entry, off int64) error{
-		func(g *segment, e entry, off int64) error { return g.writeDead(sl, e, off) },
 		func(g *segment, _ entry, off int64) error { return g.strike(sl, off) },
+		func(g *segment, e entry, off int64) error { return g.bury(sl, e, off) },
 	} {
 		for _, e := range r.dead {
 			g, off := r.segmentOf(e.block())

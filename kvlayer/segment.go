@@ -248,18 +248,12 @@ func aligned(n int) []byte {
 	return b[skip : skip+n : skip+n]
 }
 
-// bury marks the record of e, which lies in g, dead on the device, so that no recovery brings it back: in its
-// header, and in the summary that a recovery reads. The header is first: should the summary be lost, the headers tell
-// who is dead. Under g.meta.
+// bury marks the record of e, which lies in g, dead on the device, so that no recovery
+// brings it back: in the summary that a recovery reads, and in its header. Under g.meta.
 func (g *segment) bury(sl *slot, e entry, off int64) error {
-	if err := g.writeDead(sl, e, off); err != nil {
+	if err := g.strike(sl, off); err != nil {
 		return err
 	}
-	return g.strike(sl, off)
-}
-
-// writeDead marks the record of e dead in its header alone.
-func (g *segment) writeDead(sl *slot, e entry, off int64) error {
 	return g.writeRecord(sl, record{kind: recordDead, part: e.part(), key: e.key(), off: off, gen: g.gen, seq: e.seq(), size: e.size()}, nil)
 }
 
@@ -325,8 +319,8 @@ func (g *segment) amend(sl *slot, off int64, change func(entry []byte)) error {
 	return d.write(&sl.op, soff, b)
 }
 
-// assure marks dead in their headers the records that the summary's block at soff shows as dead: a power cut can have kept the
-// one mark and lost the other. Only then may the block be written, which a crash may damage. Under g.meta.
+// assure marks dead in their headers the records that the summary's block at soff shows as dead: a crash can have come in
+// between. Only then may the block be written, which another may damage: then the headers count. Under g.meta.
 func (g *segment) assure(sl *slot, soff int64) error {
 	d, p := g.dev, g.dev.p
 	b, err := d.read(&sl.op, sl.mem, soff, block)
