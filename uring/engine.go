@@ -289,18 +289,15 @@ func (g *engine) block() {
 func (g *engine) park(o *Op) {
 	g.mu.Lock()
 	g.parked.Add(1)
-	g.ring.hush(false)
-	switch {
-	case g.reaping.Load(): // who does will see that we wait
-	case g.polled:
-		g.ring.wake()
-	case g.ring.completed() && g.reaping.CompareAndSwap(false, true):
-		g.mu.Unlock()
-		g.harvest()
-		g.release()
-		g.mu.Lock()
+	mine := !g.polled && g.ring.completed() && g.reaping.CompareAndSwap(false, true)
+	if !mine && !g.reaping.Load() { // who does will see that we wait
+		g.notify()
 	}
 	g.mu.Unlock()
+	if mine {
+		g.harvest()
+		g.release()
+	}
 	<-o.done
 	g.parked.Add(-1)
 }
