@@ -47,10 +47,11 @@ type segment struct {
 
 	// meta keeps headers and summary as they are: held, across I/O, by who seals or frees the
 	// segment, or marks a record dead in it until the index has forgotten that record.
-	meta   sync.Mutex
-	log    []record // open and full: what is committed, under meta
-	fence  []uint32 // where the first record of each of the summary's blocks lies, in blocks; nil: none was written
-	unsure []bool   // blocks of a summary found at the start that show dead records, whose headers may not; nil: none
+	meta     sync.Mutex
+	log      []record // open and full: what is committed, under meta
+	fence    []uint32 // where the first record of each of the summary's blocks lies, in blocks; nil: none was written
+	unsure   []bool   // blocks of a summary found at the start that show dead records, whose headers may not; nil: none
+	unsynced bool     // their headers were marked, and that was not flushed
 
 	// Under Pool.mu:
 	state   segmentState
@@ -330,7 +331,6 @@ func (g *segment) assure(sl *slot, soff int64) error {
 		return err
 	}
 	_, rs, ok := parseSummary(nil, b, p.super.seed, g.gen, g.off, p.super.segSize, p.super.extent)
-	lost := false
 	for _, r := range rs {
 		if !ok || r.kind != recordDead {
 			continue
@@ -342,11 +342,14 @@ func (g *segment) assure(sl *slot, soff int64) error {
 			if err := g.writeRecord(sl, r, nil); err != nil {
 				return err
 			}
-			lost = true
+			g.unsynced = true
 		}
 	}
-	if lost {
-		return d.sync()
+	if g.unsynced {
+		if err := d.sync(); err != nil {
+			return err
+		}
+		g.unsynced = false
 	}
 	return nil
 }
