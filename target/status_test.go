@@ -215,8 +215,8 @@ func TestHealth(t *testing.T) {
 		d.Device, stuck = s, append(stuck, s)
 	}
 	stuck[1].err = uring.ErrGone
-	for range 3 {
-		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Millisecond)
+	for range 2 {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second) // for the healthy ones to answer
 		err := fmt.Sprint(tg.Health(ctx))
 		cancel()
 		if lines := strings.Split(err, "\n"); len(lines) != 2 || !strings.Contains(lines[0], "block of namespace 2 has not answered for ") ||
