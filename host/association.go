@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/kvof/kvof/nvmeof"
+	"github.com/kvof/kvof/rdma"
 )
 
 // association is a controller as the target knows it: its queues, from Connect until the first connection of them ends.
@@ -35,8 +36,8 @@ type association struct {
 type transport interface {
 	// dial opens a connection and makes it a queue.
 	dial(ctx context.Context, p queueParams) (queue, error)
-	// register prepares memory for transfers until the transport is closed; see [Controller.Register].
-	register(b []byte) error
+	// register prepares memory for transfers until the transport is closed; see [Controller.Register]. It is buf's unless that is nil.
+	register(b []byte, buf *rdma.DMABuf) error
 	unregister(b []byte)
 	// maxTransfer is how many bytes a command of the controller carries, 0 for any number.
 	maxTransfer(ident *nvmeof.IdentifyController) uint64

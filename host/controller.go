@@ -140,7 +140,13 @@ type Controller struct {
 
 	mu      sync.Mutex
 	changed chan struct{} // closed when now changes
-	memory  [][]byte      // registered
+	memory  []registered  // registered
+}
+
+// registered is memory of a caller's.
+type registered struct {
+	b   []byte
+	buf *rdma.DMABuf // that it is of, or nil
 }
 
 // Connect brings up a controller: connection, Connect, enabling, identification, I/O queues, keep alive. It gives up
@@ -163,8 +169,8 @@ func Connect(ctx context.Context, o Options) (*Controller, error) {
 func (c *Controller) adopt(a *association) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, b := range c.memory {
-		if err := a.transport.register(b); err != nil {
+	for _, m := range c.memory {
+		if err := a.transport.register(m.b, m.buf); err != nil {
 			return err
 		}
 	}
@@ -290,25 +296,36 @@ func (c *Controller) maxTransfer([]byte) uint64 { return c.MaxTransfer() }
 // Register prepares memory for transfers: RDMA then reads and writes it without more ado, where other memory is
 // registered for each command, which takes about as long as a copy of it. Over TCP it does nothing. b stays reachable, and in memory,
 // until Unregister with the same b, when no command uses it any more.
-func (c *Controller) Register(b []byte) error {
-	if len(b) == 0 {
+func (c *Controller) Register(b []byte) error { return c.register(registered{b: b}) }
+
+// RegisterDMABuf makes the memory of another device, such as a GPU, known: RDMA then reads and writes it, and no processor. Of b only
+// the address and the length count, which is how data names the memory; b need not be mapped, and is not to be passed to what looks at
+// bytes: [Values], and [KV.List]. A command's data may be in such memory and in other memory, each piece in one of them. It fails with
+// an error that wraps [ErrDeviceMemory] where the path does not carry it, and data must not be in it then. buf.FD stays the caller's,
+// open until Unregister with the same b.
+func (c *Controller) RegisterDMABuf(b []byte, buf rdma.DMABuf) error {
+	return c.register(registered{b, &buf})
+}
+
+func (c *Controller) register(m registered) error {
+	if len(m.b) == 0 {
 		return nil
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if err := c.now.Load().transport.register(b); err != nil {
+	if err := c.now.Load().transport.register(m.b, m.buf); err != nil {
 		return err
 	}
-	c.memory = append(c.memory, b)
+	c.memory = append(c.memory, m)
 	return nil
 }
 
-// Unregister takes back what Register did.
+// Unregister takes back what Register or RegisterDMABuf did.
 func (c *Controller) Unregister(b []byte) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for i, m := range c.memory {
-		if len(b) > 0 && &m[0] == &b[0] && len(m) == len(b) {
+		if len(b) > 0 && &m.b[0] == &b[0] && len(m.b) == len(b) {
 			c.memory = slices.Delete(c.memory, i, i+1)
 			c.now.Load().transport.unregister(b)
 			return

@@ -20,6 +20,9 @@ var (
 	// ErrTransferSize is wrapped when a command's data is larger than the path to the namespace carries in one command:
 	// the controller's MDTS, or the kernel's limit for a [Device].
 	ErrTransferSize = errors.New("more than one command carries")
+	// ErrDeviceMemory is wrapped when the path does not carry data from or to the memory of a dma-buf: it is not RDMA, or its device or
+	// driver takes none; or a piece of data lies in such memory in part only. See [Controller.RegisterDMABuf].
+	ErrDeviceMemory = errors.New("the path takes no memory of this device")
 	// ErrDamaged is wrapped when a split value is not as it was stored: a part is absent or differs, or its root is wrong.
 	// A cache may take it for a miss, and store the value again.
 	ErrDamaged = errors.New("the split value is damaged")

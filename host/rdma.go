@@ -24,12 +24,14 @@ type rdmaTransport struct {
 	mu      sync.RWMutex
 	dev     rdma.Device // of the first queue, and so of all
 	regions []*region   // registered by the caller
+	devices int         // of them are a dma-buf's
 }
 
 // region is memory of the caller's.
 type region struct {
 	mem []byte
 	*rdma.Region
+	device bool // a dma-buf's: no processor may touch it
 }
 
 const (
@@ -58,14 +60,26 @@ func newRDMA(o *Options) (transport, error) {
 	return t, nil
 }
 
-func (t *rdmaTransport) register(b []byte) error {
-	r, err := t.dev.Register(b, remote)
+func (t *rdmaTransport) register(b []byte, buf *rdma.DMABuf) (err error) {
+	r := &region{mem: b, device: buf != nil}
+	if r.device {
+		r.Region, err = t.dev.RegisterDMABuf(b, *buf, remote)
+	} else {
+		r.Region, err = t.dev.Register(b, remote)
+	}
 	if err != nil {
-		return fmt.Errorf("register %d bytes of memory with %s: %w", len(b), t.dev.Name(), err)
+		err = fmt.Errorf("register %d bytes of memory with %s: %w", len(b), t.dev.Name(), err)
+		if errors.Is(err, rdma.ErrNoDMABuf) {
+			err = fmt.Errorf("%w: %w", ErrDeviceMemory, err)
+		}
+		return err
 	}
 	t.mu.Lock()
-	t.regions = append(t.regions, &region{b, r})
-	t.mu.Unlock()
+	defer t.mu.Unlock()
+	t.regions = append(t.regions, r)
+	if r.device {
+		t.devices++
+	}
 	return nil
 }
 
@@ -75,6 +89,9 @@ func (t *rdmaTransport) unregister(b []byte) {
 	for i, r := range t.regions {
 		if len(r.mem) == len(b) && &r.mem[0] == &b[0] {
 			t.regions = slices.Delete(t.regions, i, i+1)
+			if r.device {
+				t.devices--
+			}
 			r.Close()
 			return
 		}
@@ -91,6 +108,21 @@ func (t *rdmaTransport) find(b []byte) *rdma.Region {
 		}
 	}
 	return nil
+}
+
+// device tells whether any of d lies in the memory of a dma-buf.
+func (t *rdmaTransport) device(d data) bool {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	if t.devices == 0 {
+		return false
+	}
+	for _, r := range t.regions {
+		if r.device && (rdma.Overlap(r.mem, d.buf) || slices.ContainsFunc(d.pieces, func(p []byte) bool { return rdma.Overlap(r.mem, p) })) {
+			return true
+		}
+	}
+	return false
 }
 
 func (t *rdmaTransport) close() {
@@ -377,14 +409,15 @@ func (q *rdmaQueue) prepare(s *rdmaSlot, cmd nvmeof.Command, d data) (int, error
 	size, dir := d.size(), cmd.Direction()
 	n := nvmeof.CommandSize
 	cmd.SetCID(s.cid)
+	device := q.t.device(d)
 	switch {
 	case size == 0:
 		cmd.SetSGL(nvmeof.MakeKeyedSGL(nvmeof.SGLKeyed, 0, 0, 0))
-	case dir == nvmeof.HostToController && size <= q.inCapsule:
+	case dir == nvmeof.HostToController && size <= q.inCapsule && !device:
 		gather(s.capsule[n:], d)
 		cmd.SetSGL(nvmeof.MakeSGL(nvmeof.SGLOffset, 0, uint32(size)))
 		n += size
-	case size <= bounceSize && (d.pieces != nil || q.t.find(d.buf) == nil):
+	case size <= bounceSize && !device && (d.pieces != nil || q.t.find(d.buf) == nil):
 		if dir == nvmeof.HostToController {
 			gather(s.bounce, d)
 		}
@@ -429,6 +462,9 @@ func (q *rdmaQueue) describe(s *rdmaSlot, b []byte, list *[]byte) error {
 	}
 	r := q.t.find(b)
 	if r == nil {
+		if q.t.device(data{buf: b}) {
+			return fmt.Errorf("%d bytes that are not all in one region: %w", len(b), ErrDeviceMemory)
+		}
 		var err error
 		if r, err = q.dev.Register(b, remote); err != nil {
 			return fmt.Errorf("register %d bytes of memory with %s: %w", len(b), q.dev.Name(), err)

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/kvof/kvof/nvmeof"
+	"github.com/kvof/kvof/rdma"
 )
 
 // tcpTransport dials NVMe/TCP queues, each on a connection of its own.
@@ -17,9 +18,14 @@ type tcpTransport struct{ opts *Options }
 // adminInCapsule is what every NVMe/TCP admin queue takes in a capsule, bytes (TCP, In-Capsule Data).
 const adminInCapsule = 8192
 
-func (t tcpTransport) register([]byte) error { return nil }
-func (t tcpTransport) unregister([]byte)     {}
-func (t tcpTransport) close()                {}
+func (t tcpTransport) unregister([]byte) {}
+func (t tcpTransport) register(_ []byte, buf *rdma.DMABuf) error {
+	if buf != nil {
+		return ErrDeviceMemory
+	}
+	return nil
+}
+func (t tcpTransport) close() {}
 
 func (t tcpTransport) maxTransfer(*nvmeof.IdentifyController) uint64 { return 0 }
 

@@ -23,6 +23,7 @@ var (
 	ErrClosed      = errors.New("closed")
 	ErrRemoved     = errors.New("the RDMA device was removed")
 	ErrUnreachable = errors.New("the peer cannot be reached over RDMA")
+	ErrNoDMABuf    = errors.New("the RDMA device, its driver or rdma-core takes no dma-buf of this kind")
 )
 
 // Verbs is a way to RDMA: System, or a soft one in tests. Its methods may be called from any goroutine.
@@ -127,6 +128,12 @@ const (
 	RemoteWrite Access = 1 << 1
 )
 
+// DMABuf is memory of another device, such as a GPU, that its driver shares: the bytes of a dma-buf from an offset on.
+type DMABuf struct {
+	FD     int
+	Offset uint64 // bytes
+}
+
 // Device is an RDMA device with one protection domain. All queues of one connection, and the memory they name, belong
 // to the same device.
 type Device interface {
@@ -137,6 +144,10 @@ type Device interface {
 	// Register makes memory, off the Go heap, known to the device and pins it, until the Region is closed. It takes
 	// seconds per GiB the first time the memory is touched.
 	Register(mem []byte, access Access) (*Region, error)
+	// RegisterDMABuf is Register for memory of a dma-buf (ibv_reg_dmabuf_mr). Of mem only the address and the length count: it is how
+	// work requests name the memory, and need not be mapped. The address and buf.Offset have the same offset into a page. It fails with
+	// ErrNoDMABuf where that is not to be had. The caller owns buf.FD, and may close it afterwards.
+	RegisterDMABuf(mem []byte, buf DMABuf, access Access) (*Region, error)
 	// NewChannel makes a completion channel.
 	NewChannel() (Channel, error)
 	// NewSRQ makes a shared receive queue for depth receives of one SGE.

@@ -44,6 +44,12 @@ func (r *Region) Contains(b []byte) bool {
 	return ok
 }
 
+// Overlap tells whether a and b have a byte in common. It looks at addresses only.
+func Overlap(a, b []byte) bool {
+	at, to := uintptr(unsafe.Pointer(unsafe.SliceData(a))), uintptr(unsafe.Pointer(unsafe.SliceData(b)))
+	return len(a) > 0 && len(b) > 0 && at < to+uintptr(len(b)) && to < at+uintptr(len(a))
+}
+
 func (r *Region) offset(b []byte) (int, bool) {
 	off := int(uintptr(unsafe.Pointer(unsafe.SliceData(b))) - uintptr(unsafe.Pointer(unsafe.SliceData(r.mem)))) // huge, or negative, outside
 	return off, off >= 0 && off < len(r.mem) && len(b) <= len(r.mem)-off

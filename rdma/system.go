@@ -738,7 +738,8 @@ func (d *device) Port() string {
 
 func (d *device) Events() <-chan Event { return d.events }
 
-func (d *device) Register(mem []byte, access Access) (*Region, error) {
+// flags are an access in C's terms.
+func (d *device) flags(access Access) C.int {
 	flags := C.int(C.IBV_ACCESS_LOCAL_WRITE)
 	if access&RemoteRead != 0 {
 		flags |= C.IBV_ACCESS_REMOTE_READ
@@ -746,20 +747,49 @@ func (d *device) Register(mem []byte, access Access) (*Region, error) {
 	if access&RemoteWrite != 0 || d.caps.IWARP {
 		flags |= C.IBV_ACCESS_REMOTE_WRITE
 	}
+	return flags
+}
+
+func makeMR(mr *C.struct_ibv_mr) MR {
+	return MR{LKey: uint32(mr.lkey), RKey: uint32(mr.rkey), Close: func() error {
+		if rc := C.kvof_dereg_mr(mr); rc != 0 {
+			return syscall.Errno(rc)
+		}
+		return nil
+	}}
+}
+
+func (d *device) RegisterDMABuf(mem []byte, buf DMABuf, access Access) (*Region, error) {
+	off := buf.Offset
 	return NewRegion(mem, d.caps.MaxMRSize, func(part []byte) (MR, error) {
-		mr, err := C.kvof_reg_mr(d.pd, unsafe.Pointer(unsafe.SliceData(part)), C.size_t(len(part)), flags)
+		iova := uint64(uintptr(unsafe.Pointer(unsafe.SliceData(part))))
+		mr, err := C.kvof_reg_dmabuf_mr(d.pd, C.uint64_t(off), C.size_t(len(part)), C.uint64_t(iova), C.int(buf.FD), d.flags(access))
+		if mr == nil {
+			return MR{}, fmt.Errorf("%s: cannot register %d bytes of a dma-buf: %w", d.name, len(part), dmabufError(err))
+		}
+		off += uint64(len(part))
+		return makeMR(mr), nil
+	})
+}
+
+// dmabufError tells what is not supported: by rdma-core or the provider, the kernel, or the driver of either device.
+func dmabufError(err error) error {
+	if errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPROTONOSUPPORT) {
+		return fmt.Errorf("%w: %w", ErrNoDMABuf, err)
+	}
+	return err
+}
+
+func (d *device) Register(mem []byte, access Access) (*Region, error) {
+	return NewRegion(mem, d.caps.MaxMRSize, func(part []byte) (MR, error) {
+		mr, err := C.kvof_reg_mr(d.pd, unsafe.Pointer(unsafe.SliceData(part)), C.size_t(len(part)), d.flags(access))
 		if mr == nil {
 			if errors.Is(err, unix.ENOMEM) || errors.Is(err, unix.EPERM) {
 				err = fmt.Errorf("%w: memory for RDMA is locked: raise the limit (ulimit -l, LimitMEMLOCK=infinity), or run as root", err)
 			}
 			return MR{}, fmt.Errorf("%s: cannot register %d MiB: %w", d.name, len(part)>>20, err)
 		}
-		return MR{LKey: uint32(mr.lkey), RKey: uint32(mr.rkey), Close: func() error {
-			if rc := C.kvof_dereg_mr(mr); rc != 0 {
-				return syscall.Errno(rc)
-			}
-			return nil
-		}}, nil
+		return makeMR(mr), nil
 	})
 }
 

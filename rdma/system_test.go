@@ -21,6 +21,11 @@ func TestSystem(t *testing.T) {
 	}
 	for _, d := range ds {
 		t.Logf("%s: %+v", d.Name(), *d.Caps())
+		if _, err := d.RegisterDMABuf(make([]byte, 4096), DMABuf{FD: -1}, Local); err == nil {
+			t.Error("a dma-buf that is none was registered")
+		} else {
+			t.Logf("%s: dma-buf: %v", d.Name(), err)
+		}
 	}
 	if _, err := v.Listen(netip.MustParseAddrPort("192.0.2.1:4420"), 1, func(Device) error { return nil }); err == nil {
 		t.Error("listening on somebody else's address succeeded")

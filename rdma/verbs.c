@@ -21,6 +21,7 @@ static struct {
 #undef MEMBER
 	struct ibv_mr *(*ibv_reg_mr)(struct ibv_pd *, void *, size_t, int);
 	int (*ibv_query_port)(struct ibv_context *, uint8_t, struct ibv_port_attr *);
+	struct ibv_mr *(*ibv_reg_dmabuf_mr)(struct ibv_pd *, uint64_t, size_t, uint64_t, int, int); // since rdma-core 34, or NULL
 } lib;
 
 const char *kvof_load(void) {
@@ -42,6 +43,7 @@ const char *kvof_load(void) {
 	KVOF_VERBS(VERBS)
 	VERBS(ibv_reg_mr)
 	VERBS(ibv_query_port)
+	*(void **)&lib.ibv_reg_dmabuf_mr = dlsym(verbs, "ibv_reg_dmabuf_mr");
 	return NULL;
 }
 
@@ -297,6 +299,15 @@ const char *kvof_device_name(struct ibv_context *ctx) { return lib.ibv_get_devic
 struct ibv_pd *kvof_alloc_pd(struct ibv_context *ctx) { return lib.ibv_alloc_pd(ctx); }
 int kvof_dealloc_pd(struct ibv_pd *pd) { return lib.ibv_dealloc_pd(pd); }
 struct ibv_mr *kvof_reg_mr(struct ibv_pd *pd, void *addr, size_t len, int access) { return lib.ibv_reg_mr(pd, addr, len, access); }
+
+struct ibv_mr *kvof_reg_dmabuf_mr(struct ibv_pd *pd, uint64_t offset, size_t len, uint64_t iova, int fd, int access) {
+	if (!lib.ibv_reg_dmabuf_mr) {
+		errno = ENOSYS;
+		return NULL;
+	}
+	return lib.ibv_reg_dmabuf_mr(pd, offset, len, iova, fd, access);
+}
+
 int kvof_dereg_mr(struct ibv_mr *mr) { return lib.ibv_dereg_mr(mr); }
 struct ibv_comp_channel *kvof_create_channel(struct ibv_context *ctx) { return lib.ibv_create_comp_channel(ctx); }
 int kvof_destroy_channel(struct ibv_comp_channel *ch) { return lib.ibv_destroy_comp_channel(ch); }

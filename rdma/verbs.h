@@ -97,6 +97,8 @@ const char *kvof_device_name(struct ibv_context *ctx);
 struct ibv_pd *kvof_alloc_pd(struct ibv_context *ctx);
 int kvof_dealloc_pd(struct ibv_pd *pd);
 struct ibv_mr *kvof_reg_mr(struct ibv_pd *pd, void *addr, size_t len, int access);
+// As ibv_reg_dmabuf_mr; ENOSYS where rdma-core is older than that.
+struct ibv_mr *kvof_reg_dmabuf_mr(struct ibv_pd *pd, uint64_t offset, size_t len, uint64_t iova, int fd, int access);
 int kvof_dereg_mr(struct ibv_mr *mr);
 struct ibv_comp_channel *kvof_create_channel(struct ibv_context *ctx);
 int kvof_destroy_channel(struct ibv_comp_channel *ch);

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
+	"os"
 	"sync"
 	"syscall"
 	"unsafe"
@@ -109,10 +110,13 @@ type Device struct {
 	events  chan rdma.Event
 	// Registrations counts calls of Register.
 	Registrations int
+	// NoDMABuf makes it a device that takes none.
+	NoDMABuf bool
 }
 
 type mr struct {
 	mem    []byte
+	addr   uint64 // by which mem is named: its own, or that of a dma-buf
 	access rdma.Access
 	key    uint32
 }
@@ -138,18 +142,57 @@ func (d *Device) Register(mem []byte, access rdma.Access) (*rdma.Region, error) 
 	}
 	d.Registrations++
 	return rdma.NewRegion(mem, d.caps.MaxMRSize, func(part []byte) (rdma.MR, error) {
-		m := &mr{mem: part, access: access}
-		for m.key == 0 || d.mrs[m.key] != nil {
-			m.key = rand.Uint32()
-		}
-		d.mrs[m.key] = m
-		return rdma.MR{LKey: m.key, RKey: m.key, Close: func() error {
-			d.net.mu.Lock()
-			defer d.net.mu.Unlock()
-			delete(d.mrs, m.key)
-			return nil
-		}}, nil
+		return d.add(&mr{mem: part, addr: address(part), access: access}, func() error { return nil }), nil
 	})
+}
+
+// RegisterDMABuf implements rdma.Device. A dma-buf is whatever can be mapped, such as a memfd: transfers go to its content, not to mem.
+func (d *Device) RegisterDMABuf(mem []byte, buf rdma.DMABuf, access rdma.Access) (*rdma.Region, error) {
+	d.net.mu.Lock()
+	defer d.net.mu.Unlock()
+	page := uint64(os.Getpagesize())
+	switch {
+	case d.removed:
+		return nil, rdma.ErrRemoved
+	case d.NoDMABuf:
+		return nil, rdma.ErrNoDMABuf
+	case (address(mem)-buf.Offset)%page != 0:
+		return nil, syscall.EINVAL
+	}
+	var st syscall.Stat_t
+	if err := syscall.Fstat(buf.FD, &st); err != nil {
+		return nil, err
+	}
+	off := buf.Offset
+	if off+uint64(len(mem)) > uint64(st.Size) {
+		return nil, syscall.EINVAL
+	}
+	d.Registrations++
+	return rdma.NewRegion(mem, d.caps.MaxMRSize, func(part []byte) (rdma.MR, error) {
+		skip := off % page
+		all, err := syscall.Mmap(buf.FD, int64(off-skip), int(skip)+len(part), syscall.PROT_READ|syscall.PROT_WRITE, syscall.MAP_SHARED)
+		if err != nil {
+			return rdma.MR{}, err
+		}
+		off += uint64(len(part))
+		return d.add(&mr{mem: all[skip:], addr: address(part), access: access}, func() error { return syscall.Munmap(all) }), nil
+	})
+}
+
+func address(b []byte) uint64 { return uint64(uintptr(unsafe.Pointer(unsafe.SliceData(b)))) }
+
+// add makes a registration known, until it is closed.
+func (d *Device) add(m *mr, release func() error) rdma.MR {
+	for m.key == 0 || d.mrs[m.key] != nil {
+		m.key = rand.Uint32()
+	}
+	d.mrs[m.key] = m
+	return rdma.MR{LKey: m.key, RKey: m.key, Close: func() error {
+		d.net.mu.Lock()
+		defer d.net.mu.Unlock()
+		delete(d.mrs, m.key)
+		return release()
+	}}
 }
 
 // Close implements rdma.Device.
@@ -218,7 +261,7 @@ func (d *Device) memory(key uint32, addr, n uint64, need rdma.Access) []byte {
 }
 
 func (m *mr) at(addr, n uint64) []byte {
-	off := addr - uint64(uintptr(unsafe.Pointer(unsafe.SliceData(m.mem))))
+	off := addr - m.addr
 	if off > uint64(len(m.mem)) || n > uint64(len(m.mem))-off {
 		return nil
 	}

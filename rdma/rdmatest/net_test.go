@@ -117,3 +117,40 @@ func TestNet(t *testing.T) {
 		t.Error("the flush", wc[:k])
 	}
 }
+
+// TestDMABuf registers the memory of a dma-buf in two parts, and nothing that is not there.
+func TestDMABuf(t *testing.T) {
+	n := New()
+	caps := DefaultCaps()
+	caps.MaxMRSize = 8192
+	d := n.AddDevice("soft0", netip.MustParseAddr("192.0.2.1"), caps)
+	mem, content, buf := DMABuf(t, 10000, 4096+512)
+	r, err := d.RegisterDMABuf(mem, buf, rdma.RemoteRead)
+	if err != nil || r.Parts() != 2 {
+		t.Fatal(r, err)
+	}
+	copy(content[8192:], "beyond the first part")
+	s, key := r.Split(mem[8192:8202])
+	if b := d.memory(key, s.Addr, 10, rdma.RemoteRead); string(b) != "beyond the" {
+		t.Errorf("%q", b)
+	}
+	if d.memory(key, s.Addr, 10, rdma.RemoteWrite) != nil || d.memory(key, s.Addr+1800, 9, rdma.RemoteRead) != nil {
+		t.Error("more is allowed than was registered")
+	}
+	if err := r.Close(); err != nil || d.memory(key, s.Addr, 10, rdma.RemoteRead) != nil {
+		t.Error("it is still registered", err)
+	}
+	for _, b := range []rdma.DMABuf{{FD: -1, Offset: buf.Offset}, {FD: buf.FD, Offset: buf.Offset + 1}, {FD: buf.FD, Offset: buf.Offset + 4096}} {
+		if _, err := d.RegisterDMABuf(mem, b, rdma.Local); err == nil {
+			t.Errorf("%+v was registered", b)
+		}
+	}
+	d.NoDMABuf = true
+	if _, err := d.RegisterDMABuf(mem, buf, rdma.Local); err != rdma.ErrNoDMABuf {
+		t.Error(err)
+	}
+	d.Close()
+	if f := n.Faults(); f != (Faults{}) {
+		t.Errorf("%+v", f)
+	}
+}

@@ -13,6 +13,7 @@ import (
 	"time"
 	"unsafe"
 
+	"github.com/kvof/kvof/rdma"
 	"github.com/kvof/kvof/shim/client"
 	"github.com/kvof/kvof/shim/keys"
 	"golang.org/x/sys/unix"
@@ -121,11 +122,15 @@ func kvofgo_close(handle C.uintptr_t) {
 }
 
 //export kvofgo_register
-func kvofgo_register(handle C.uintptr_t, addr unsafe.Pointer, size C.uint64_t, dmabuf C.uint32_t, errbuf *C.char) C.int {
+func kvofgo_register(handle C.uintptr_t, addr unsafe.Pointer, size C.uint64_t, dmabuf C.uint32_t, fd C.int, offset C.uint64_t, errbuf *C.char) C.int {
 	if uintptr(addr)+uintptr(size) < uintptr(addr) || int64(size) < 0 {
 		return fail(errbuf, C.KVOF_INVALID, errors.New("the region does not fit into memory"))
 	}
-	err := clientOf(handle).Register(memory(addr, uint64(size)), dmabuf != 0)
+	var buf *rdma.DMABuf
+	if dmabuf != 0 {
+		buf = &rdma.DMABuf{FD: int(fd), Offset: uint64(offset)}
+	}
+	err := clientOf(handle).Register(memory(addr, uint64(size)), buf)
 	switch {
 	case errors.Is(err, client.ErrUnsupported):
 		return fail(errbuf, C.KVOF_UNSUPPORTED, err)

@@ -127,7 +127,7 @@ int kvof_register(kvof_client *c, const struct kvof_region *region) {
 	memcpy(&r, region, region->size < sizeof r ? region->size : sizeof r);
 	if (!r.addr || (r.flags & ~(KVOF_READ | KVOF_WRITE)))
 		return fail(KVOF_INVALID, "no address, or an unknown flag");
-	return kvofgo_register(c->handle, r.addr, r.len, r.dmabuf, last_error);
+	return kvofgo_register(c->handle, r.addr, r.len, r.dmabuf, r.dmabuf_fd, r.dmabuf_offset, last_error);
 }
 
 int kvof_unregister(kvof_client *c, void *addr) {

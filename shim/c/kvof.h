@@ -65,7 +65,7 @@ enum kvof_status {
 	KVOF_INVALID = 11,    /* an argument that is not allowed; kvof_last_error says which, ops have detail 0 */
 	KVOF_AGAIN = 12,      /* submit: too many batches or ops in flight. Nothing was taken: poll, then submit again */
 	KVOF_NO_MEMORY = 13,  /* memory or file descriptors ran out */
-	KVOF_UNSUPPORTED = 14, /* not offered by any transport in use */
+	KVOF_UNSUPPORTED = 14, /* not offered by any transport in use; get, put: the memory is a dma-buf's, and no path that is up takes it */
 	KVOF_FORKED = 15,     /* called in a child of the process that loaded the library */
 	KVOF_PENDING = 255    /* an op that has not ended */
 };
@@ -179,7 +179,7 @@ struct kvof_region {
 	uint32_t flags;     /* KVOF_READ, KVOF_WRITE; 0 is both */
 	void *addr;         /* its first byte, as ops name it */
 	uint64_t len;       /* bytes */
-	int32_t dmabuf_fd;  /* with dmabuf = 1: the memory is this dma-buf's, from dmabuf_offset on; the library keeps no reference */
+	int32_t dmabuf_fd;  /* with dmabuf = 1: the memory is this dma-buf's, from dmabuf_offset on; the library duplicates it */
 	uint32_t dmabuf;
 	uint64_t dmabuf_offset;
 };
@@ -189,6 +189,14 @@ struct kvof_region {
  * this does little; over RDMA it registers the memory with the devices in use, now and after every reconnect. May block while the
  * kernel pins the memory. KVOF_INVALID when it overlaps registered memory in part, KVOF_UNSUPPORTED for a dma-buf that no transport
  * in use can take.
+ *
+ * A dma-buf is memory of another device, such as a GPU, that ops can then name: any address in [addr, addr + len), which no processor
+ * touches. Each piece of an op lies in one such region, or in none. addr and dmabuf_offset have the same offset into a page. Only RDMA
+ * carries it, where device, driver and rdma-core (34 or later) take dma-bufs; at least one path that is up must. Get and put of such
+ * memory use the paths that do, and end with KVOF_UNSUPPORTED when none of those is up but another path of the target is. Payloads under
+ * hashed keys are then neither summed nor verified, as with KVOF_NO_CHECKSUM; that the value is the key's is verified. A value under a
+ * hashed key that is smaller than the memory is read twice. With dmabuf_fd -1 nothing is registered, and the status tells whether a
+ * dma-buf would be taken: KVOF_INVALID, or KVOF_UNSUPPORTED if not.
  */
 int kvof_register(kvof_client *c, const struct kvof_region *r);
 

@@ -11,11 +11,12 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-	"unsafe"
 
+	"github.com/kvof/kvof/host"
 	"github.com/kvof/kvof/nvmeof"
 	"github.com/kvof/kvof/rdma"
 	"github.com/kvof/kvof/shim/keys"
+	"golang.org/x/sys/unix"
 )
 
 // Options say where and how to connect. The zero value of each field but Targets gives its default.
@@ -95,7 +96,22 @@ type Client struct {
 	mu      sync.Mutex
 	fixed   []targetSpec
 	sources []*source
-	regions [][]byte // registered memory
+	regions []region                 // registered memory
+	devices atomic.Pointer[[]region] // of them those of a dma-buf, nil when there are none
+}
+
+// region is registered memory.
+type region struct {
+	mem []byte       // of a dma-buf only an address and a length
+	buf *rdma.DMABuf // with a descriptor of the client's own, or nil
+}
+
+func (r region) overlaps(b []byte) bool { return rdma.Overlap(r.mem, b) }
+
+func (r region) close() {
+	if r.buf != nil && r.buf.FD >= 0 {
+		_ = unix.Close(r.buf.FD)
+	}
 }
 
 // Open makes a client and waits until every target that is known has a path, for at most ConnectTimeout; it fails if none has by then.
@@ -301,6 +317,7 @@ func (c *Client) Submit(b *Batch) error {
 		for _, d := range o.Data {
 			o.size += uint64(len(d))
 		}
+		o.device = c.inDevice(o.Data)
 		t := owner(set, o.Key.Bytes())
 		switch {
 		case t < 0:
@@ -372,52 +389,121 @@ func (c *Client) Close() {
 	c.unlink()
 	c.mu.Unlock()
 	c.wg.Wait()
+	for _, r := range c.regions {
+		r.close()
+	}
 }
 
 // Register prepares memory, which is not Go's, for the operations that will use it: over RDMA with all devices in use, now and after every
 // reconnect. Over TCP there is nothing to prepare. Registering the same region twice does nothing.
-func (c *Client) Register(b []byte, dmabuf bool) error {
-	if dmabuf {
-		return ErrUnsupported
-	}
+//
+// With buf the memory is a dma-buf's, and of b only address and length count, which is how operations name it. At least one of the
+// connections that are up must take it, or the error is ErrUnsupported; the others carry no data from or to such memory. The client
+// duplicates the descriptor; with a negative one the error alone tells whether a dma-buf would be taken.
+func (c *Client) Register(b []byte, buf *rdma.DMABuf) (err error) {
 	if len(b) == 0 {
 		return errors.New("the region has no memory")
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	first := uintptr(unsafe.Pointer(&b[0]))
 	for _, r := range c.regions {
-		if at := uintptr(unsafe.Pointer(&r[0])); first < at+uintptr(len(r)) && at < first+uintptr(len(b)) {
-			if at == first && len(r) == len(b) {
+		if r.overlaps(b) {
+			if &r.mem[0] == &b[0] && len(r.mem) == len(b) && (r.buf != nil) == (buf != nil) {
 				return nil
 			}
 			return errors.New("the region overlaps another one")
 		}
 	}
+	r := region{mem: b}
+	if buf != nil {
+		own := *buf
+		if own.FD >= 0 {
+			if own.FD, err = unix.FcntlInt(uintptr(buf.FD), unix.F_DUPFD_CLOEXEC, 0); err != nil {
+				return fmt.Errorf("dma-buf: %w", err)
+			}
+		}
+		r.buf = &own
+	}
+	if err := c.registerAll(r); err != nil {
+		r.close()
+		return err
+	}
+	c.regions = append(c.regions, r)
+	c.noteDevices()
+	return nil
+}
+
+// registerAll registers a region with all connections that work, or none; the caller holds the mutex.
+func (c *Client) registerAll(r region) error {
+	taken := false
+	var refused []*connection
 	for l := range c.connections() {
-		if err := l.ctrl.Register(b); err != nil && l.ctrl.Err() == nil { // what has ended needs it no more
+		err := l.register(r)
+		switch {
+		case err == nil:
+			taken = true
+		case l.ctrl.Err() != nil: // what has ended needs it no more
+		case errors.Is(err, host.ErrDeviceMemory):
+			refused = append(refused, l)
+		default:
 			for l := range c.connections() {
-				l.ctrl.Unregister(b)
+				l.ctrl.Unregister(r.mem)
 			}
 			return err
 		}
 	}
-	c.regions = append(c.regions, b)
+	if r.buf != nil && !taken {
+		return ErrUnsupported
+	}
+	for _, l := range refused {
+		l.hostOnly.Store(true)
+	}
 	return nil
+}
+
+// noteDevices makes the regions of dma-bufs known to Submit; the caller holds the mutex.
+func (c *Client) noteDevices() {
+	var devices []region
+	for _, r := range c.regions {
+		if r.buf != nil {
+			devices = append(devices, r)
+		}
+	}
+	if devices == nil {
+		c.devices.Store(nil)
+		return
+	}
+	c.devices.Store(&devices)
+}
+
+// inDevice tells whether any of an operation's memory is a dma-buf's.
+func (c *Client) inDevice(data [][]byte) bool {
+	devices := c.devices.Load()
+	if devices == nil {
+		return false
+	}
+	for _, r := range *devices {
+		if slices.ContainsFunc(data, r.overlaps) {
+			return true
+		}
+	}
+	return false
 }
 
 // Unregister ends the registration of the region with this first byte.
 func (c *Client) Unregister(first *byte) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	i := slices.IndexFunc(c.regions, func(r []byte) bool { return &r[0] == first })
+	i := slices.IndexFunc(c.regions, func(r region) bool { return &r.mem[0] == first })
 	if i < 0 {
 		return errors.New("no region begins at this address")
 	}
 	for l := range c.connections() {
-		l.ctrl.Unregister(c.regions[i])
+		l.ctrl.Unregister(c.regions[i].mem)
 	}
+	c.regions[i].close()
 	c.regions = slices.Delete(c.regions, i, i+1)
+	c.noteDevices()
 	return nil
 }
 

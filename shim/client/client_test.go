@@ -13,6 +13,8 @@ import (
 
 	"github.com/kvof/kvof/configs"
 	"github.com/kvof/kvof/host"
+	"github.com/kvof/kvof/rdma"
+	"github.com/kvof/kvof/rdma/rdmatest"
 	"github.com/kvof/kvof/shim/keys"
 	"github.com/kvof/kvof/target/targettest"
 	"go.uber.org/goleak"
@@ -495,18 +497,18 @@ func TestOpen(t *testing.T) {
 		t.Errorf("%+v", n)
 	}
 	mem := make([]byte, 0x3000)
-	if err := part.Register(mem[0x1000:0x2000], false); err != nil {
+	if err := part.Register(mem[0x1000:0x2000], nil); err != nil {
 		t.Error(err)
 	}
 	for _, r := range [][2]int{{0x1fff, 0x2001}, {0x800, 0x1001}, {0x1100, 0x1104}, {0x1000, 0x1fff}, {5, 5}} {
-		if part.Register(mem[r[0]:r[1]], false) == nil {
+		if part.Register(mem[r[0]:r[1]], nil) == nil {
 			t.Errorf("%x was registered", r)
 		}
 	}
-	if err := errors.Join(part.Register(mem[0x1000:0x2000], false), part.Register(mem[0x2000:], false), part.Unregister(&mem[0x1000]), part.Register(mem[0x1fff:0x2000], false)); err != nil {
+	if err := errors.Join(part.Register(mem[0x1000:0x2000], nil), part.Register(mem[0x2000:], nil), part.Unregister(&mem[0x1000]), part.Register(mem[0x1fff:0x2000], nil)); err != nil {
 		t.Error(err)
 	}
-	if part.Unregister(&mem[0x1000]) == nil || part.Register(mem[:1], true) != ErrUnsupported {
+	if part.Unregister(&mem[0x1000]) == nil || part.Register(mem[:1], &rdma.DMABuf{FD: -1}) != ErrUnsupported {
 		t.Error("unknown memory was accepted")
 	}
 }
@@ -517,7 +519,7 @@ func TestRDMA(t *testing.T) {
 	c := open(t, Options{Targets: urlOf(s) + "|rdma://" + s.RDMA + "/" + s.NQN, DataDigest: true, verbs: s.Verbs})
 	v := random(3<<20 + 100)
 	in, out := bytes.Clone(v), make([]byte, len(v)+1000)
-	if err := c.Register(in, false); err != nil {
+	if err := c.Register(in, nil); err != nil {
 		t.Fatal(err)
 	}
 	for i, key := range []string{short, long} {
@@ -534,7 +536,7 @@ func TestRDMA(t *testing.T) {
 					t.Fatalf("%s: other bytes", name)
 				}
 				want(t, do(t, c, op(t, c, Get, name, out))[0], OK, uint64(len(v)))
-				if err := c.Register(out, false); err != nil { // the second time it is
+				if err := c.Register(out, nil); err != nil { // the second time it is
 					t.Fatal(err)
 				}
 			}
@@ -560,6 +562,102 @@ func TestRDMA(t *testing.T) {
 	want(t, do(t, c, op(t, c, Get, long[1:]+"0", out[:len(v)]))[0], OK, uint64(len(v)))
 	eventually(t, "RDMA again, with the memory registered", func() bool { return c.Counters().PathsUp == 2 })
 	want(t, do(t, c, op(t, c, Get, long[1:]+"0", out[:len(v)]))[0], OK, uint64(len(v)))
+}
+
+// TestDMABuf moves values between the target and the memory of a device, which no processor may touch.
+func TestDMABuf(t *testing.T) {
+	for name, key := range map[string]string{"as it is": short[:10], "hashed": long} {
+		t.Run(name, func(t *testing.T) {
+			s := targettest.Serve(t, targettest.Options{RDMA: true})
+			c := open(t, Options{Targets: urlOf(s) + "|rdma://" + s.RDMA + "/" + s.NQN, verbs: s.Verbs})
+			v := random(1<<20 + 100)
+			mem, content, buf := rdmatest.DMABuf(t, 4<<20, 4096+8)
+			if err := errors.Join(c.Register(mem, &buf), c.Register(mem, &buf)); err != nil {
+				t.Fatal(err)
+			}
+			if c.Register(mem, nil) == nil {
+				t.Error("the memory of a dma-buf was registered as the host's")
+			}
+			host := random(100)
+			for i, size := range []int{1, 64, 4096, 100_000, len(v)} {
+				put, get := mem[:size], mem[2<<20:]
+				copy(content, v[:size])
+				k := fmt.Sprint(key, i)
+				want(t, do(t, c, op(t, c, Put, k, put[:size/2], put[size/2:], host))[0], OK, 0)
+				// Of the right size, the last piece in other memory; and larger.
+				clear(content)
+				back := make([]byte, len(host))
+				want(t, do(t, c, op(t, c, Get, k, get[:size], back))[0], OK, uint64(size+len(host)))
+				if !bytes.Equal(content[2<<20:][:size], v[:size]) || !bytes.Equal(back, host) {
+					t.Fatalf("%d bytes: other bytes", size)
+				}
+				clear(content)
+				want(t, do(t, c, op(t, c, Get, k, get[:size/3], get[1<<20:]))[0], OK, uint64(size+len(host)))
+				if got := append(bytes.Clone(content[2<<20:][:size/3]), content[3<<20:]...); !bytes.Equal(got[:size+len(host)], append(bytes.Clone(v[:size]), host...)) {
+					t.Fatalf("%d bytes into more: other bytes", size)
+				}
+				want(t, do(t, c, op(t, c, Get, k, get[:size/2]))[0], Truncated, uint64(size+len(host)))
+			}
+			// What was stored from a device is read into other memory, and the other way round.
+			k := fmt.Sprint(key, 4)
+			out := make([]byte, len(v)+len(host))
+			want(t, do(t, c, op(t, c, Get, k, out))[0], OK, uint64(len(out)))
+			if !bytes.Equal(out[:len(v)], v) {
+				t.Error("other bytes")
+			}
+			want(t, do(t, c, op(t, c, Put, k+"b", out))[0], OK, 0)
+			clear(content)
+			want(t, do(t, c, op(t, c, Get, k+"b", mem[:len(out)]))[0], OK, uint64(len(out)))
+			if !bytes.Equal(content[:len(out)], out) {
+				t.Error("other bytes")
+			}
+			want(t, do(t, c, op(t, c, Get, key+"absent", mem))[0], Miss, 0)
+			// TCP carries none of it, and the rest as ever. A path that comes back carries it again.
+			p := (*(*c.set.Load())[0].paths.Load())[1]
+			eventually(t, "both paths", func() bool { return c.Counters().PathsUp == 2 })
+			live := p.live.Load()
+			live.hostOnly.Store(true)
+			got := do(t, c, op(t, c, Get, k, mem), op(t, c, Put, k+"c", mem[:1]), op(t, c, Get, k, out), op(t, c, Get, k, out, mem[:1]))
+			for i, st := range []Status{Unsupported, Unsupported, OK, Unsupported} {
+				if got[i].Status != st {
+					t.Errorf("%d: status %d, want %d", i, got[i].Status, st)
+				}
+			}
+			p.drop(live, errors.New("test"))
+			eventually(t, "RDMA again, with the memory registered", func() bool { return c.Counters().PathsUp == 2 })
+			want(t, do(t, c, op(t, c, Get, k, mem[:len(out)]))[0], OK, uint64(len(out)))
+			if err := c.Unregister(&mem[0]); err != nil || c.devices.Load() != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// TestNoDMABuf has dma-bufs that nobody takes.
+func TestNoDMABuf(t *testing.T) {
+	mem, _, buf := rdmatest.DMABuf(t, 8192, 0)
+	s := targettest.Serve(t, targettest.Options{RDMA: true})
+	s.Host.NoDMABuf = true
+	for _, url := range []string{urlOf(s), "rdma://" + s.RDMA + "/" + s.NQN} {
+		c := open(t, Options{Targets: url, verbs: s.Verbs})
+		for _, buf := range []rdma.DMABuf{buf, {FD: -1}} {
+			if err := c.Register(mem, &buf); err != ErrUnsupported {
+				t.Errorf("%s: %v", url, err)
+			}
+		}
+		if len(c.regions) != 0 {
+			t.Error("it counts as registered")
+		}
+		c.Close()
+	}
+	s.Host.NoDMABuf = false
+	c := open(t, Options{Targets: "rdma://" + s.RDMA + "/" + s.NQN, verbs: s.Verbs})
+	if err := c.Register(mem, &rdma.DMABuf{FD: -1}); err == nil || err == ErrUnsupported {
+		t.Error("does not tell that dma-bufs are taken:", err)
+	}
+	if err := c.Register(mem, &rdma.DMABuf{FD: buf.FD, Offset: 4096}); err == nil || err == ErrUnsupported || len(c.regions) != 0 {
+		t.Error(err)
+	}
 }
 
 func TestParse(t *testing.T) {

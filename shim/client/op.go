@@ -38,6 +38,7 @@ type Op struct {
 	client  *Client
 	batch   *Batch
 	size    uint64   // of Data, bytes
+	device  bool     // some of Data is a dma-buf's: no processor may touch it
 	bufs    [][]byte // Data and trailer
 	trailer [keys.TrailerSize]byte
 }
@@ -67,6 +68,8 @@ func (o *Op) end(s Status, detail uint32) {
 
 func (o *Op) cost() uint64 { return o.size }
 
+func (o *Op) inDevice() bool { return o.device }
+
 func (o *Op) clock() *clock { return &o.client.data }
 
 func (o *Op) do(ctx context.Context, kv *host.KV) error {
@@ -90,11 +93,20 @@ const (
 	errMismatch  = verdict(Miss)
 )
 
-// withTrailer is the operation's memory with the trailer's behind it.
-func (o *Op) withTrailer() [][]byte {
-	o.bufs = append(append(o.bufs[:0], o.Data...), o.trailer[:])
+// withTrailer is the operation's memory, of which n bytes, with the trailer's behind it.
+func (o *Op) withTrailer(n uint64) [][]byte {
+	o.bufs = o.bufs[:0]
+	for _, b := range o.Data {
+		b = b[:min(n, uint64(len(b)))]
+		o.bufs = append(o.bufs, b)
+		n -= uint64(len(b))
+	}
+	o.bufs = append(o.bufs, o.trailer[:])
 	return o.bufs
 }
+
+// rereads is how often a value smaller than its memory in a device is read again, as others replace it by one of another size.
+const rereads = 4
 
 func (o *Op) get(ctx context.Context, kv *host.KV) error {
 	if !o.Key.Hashed() {
@@ -107,18 +119,29 @@ func (o *Op) get(ctx context.Context, kv *host.KV) error {
 		}
 		return nil
 	}
-	bufs := o.withTrailer()
-	n, err := kv.RetrievePieces(ctx, o.Key.Bytes(), bufs)
-	if err != nil {
-		return err
-	}
-	if n < keys.TrailerSize {
-		return errMismatch
-	}
-	size := uint64(n - keys.TrailerSize)
-	if size > o.size { // its trailer did not arrive
-		o.Result = size
-		return errTruncated
+	bufs, room := o.withTrailer(o.size), o.size
+	var size uint64
+	for try := 0; ; try++ {
+		n, err := kv.RetrievePieces(ctx, o.Key.Bytes(), bufs)
+		if err != nil {
+			return err
+		}
+		if n < keys.TrailerSize {
+			return errMismatch
+		}
+		size = uint64(n - keys.TrailerSize)
+		if size > o.size { // its trailer did not arrive
+			o.Result = size
+			return errTruncated
+		}
+		if !o.device || size == room {
+			break
+		}
+		// The trailer is where it cannot be read: again, with the trailer's own memory behind a value of this size.
+		if try == rereads {
+			return errMismatch
+		}
+		bufs, room = o.withTrailer(size), size
 	}
 	// A value smaller than the memory has its trailer in the midst of it.
 	var trailer [keys.TrailerSize]byte
@@ -132,7 +155,7 @@ func (o *Op) get(ctx context.Context, kv *host.KV) error {
 		got, skip = append(got, b[:min(len(b), cap(got)-len(got))]...), 0
 	}
 	sum, summed, ok := o.Key.CheckTrailer(got, size)
-	if !ok || summed && !o.client.opts.NoChecksum && o.sum(size) != sum {
+	if !ok || summed && !o.unsummed() && o.sum(size) != sum {
 		return errMismatch
 	}
 	o.Result = size
@@ -150,7 +173,7 @@ func (o *Op) put(ctx context.Context, kv *host.KV) error {
 	data := o.Data
 	if o.Key.Hashed() {
 		o.sign()
-		data = o.withTrailer()
+		data = o.withTrailer(o.size)
 	}
 	return kv.StorePieces(ctx, o.Key.Bytes(), data, mode)
 }
@@ -182,9 +205,12 @@ func (o *Op) sum(n uint64) uint64 {
 	return s.Sum()
 }
 
+// unsummed tells whether the payload is neither summed nor verified.
+func (o *Op) unsummed() bool { return o.client.opts.NoChecksum || o.device }
+
 // sign makes the trailer of a put.
 func (o *Op) sign() {
-	if o.client.opts.NoChecksum {
+	if o.unsummed() {
 		o.Key.PutTrailer(o.trailer[:], o.size, nil)
 		return
 	}
@@ -204,6 +230,8 @@ type lookup struct {
 var lookups = sync.Pool{New: func() any { return new(lookup) }}
 
 func (l *lookup) cost() uint64 { return 0 }
+
+func (l *lookup) inDevice() bool { return false }
 
 func (l *lookup) clock() *clock { return &l.client.lookups }
 

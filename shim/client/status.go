@@ -25,6 +25,7 @@ const (
 	IO          Status = 9  // the target failed in another way
 	Cancelled   Status = 10 // the client was closed
 	Invalid     Status = 11 // an argument that is not allowed
+	Unsupported Status = 14 // get, put: no path that is up carries data from or to this memory
 	Pending     Status = 255
 )
 
@@ -79,6 +80,8 @@ func statusOfError(err error) (s Status, detail uint32, lost bool) {
 		return Cancelled, 0, false
 	case errors.Is(err, host.ErrTransferSize):
 		return TooLarge, 0, false
+	case errors.Is(err, host.ErrDeviceMemory):
+		return Unsupported, 0, false
 	case errors.Is(err, host.ErrConnectionLost), errors.Is(err, host.ErrClosed):
 		return Unavailable, 0, true
 	}

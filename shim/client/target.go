@@ -55,8 +55,8 @@ func (t *target) up() (n int) {
 }
 
 // pick returns the path that works with the least in flight, in turns among equals, but not one that was tried; nil if there is none.
-// RDMA goes before TCP.
-func (t *target) pick(tried *path) (best *path, live *connection) {
+// RDMA goes before TCP. With device it is one that carries data from and to the memory of dma-bufs.
+func (t *target) pick(tried *path, device bool) (best *path, live *connection) {
 	paths := *t.paths.Load()
 	if len(paths) == 0 {
 		return nil, nil
@@ -64,7 +64,7 @@ func (t *target) pick(tried *path) (best *path, live *connection) {
 	first := int(t.next.Add(1)) % len(paths)
 	for i := range paths {
 		p := paths[(first+i)%len(paths)]
-		if l := p.live.Load(); l != nil && p != tried && (best == nil || p.better(best)) {
+		if l := p.live.Load(); l != nil && p != tried && !(device && l.hostOnly.Load()) && (best == nil || p.better(best)) {
 			best, live = p, l
 		}
 	}
@@ -75,6 +75,7 @@ func (t *target) pick(tried *path) (best *path, live *connection) {
 type task interface {
 	cost() uint64 // bytes
 	clock() *clock
+	inDevice() bool // data is in memory of a dma-buf
 	do(ctx context.Context, kv *host.KV) error
 	end(s Status, detail uint32)
 }
@@ -84,10 +85,13 @@ func (t *target) carry(k task) {
 	ctx := k.clock().context()
 	var tried *path
 	for {
-		p, live := t.pick(tried)
+		p, live := t.pick(tried, k.inDevice())
 		switch {
 		case t.client.ctx.Err() != nil:
 			k.end(Cancelled, 0)
+			return
+		case p == nil && k.inDevice() && t.up() > 0:
+			k.end(Unsupported, 0)
 			return
 		case p == nil:
 			k.end(Unavailable, 0)
@@ -109,7 +113,7 @@ func (t *target) carry(k task) {
 		switch {
 		case lost:
 			p.drop(live, err)
-			if other, _ := t.pick(p); tried == nil && other != nil {
+			if other, _ := t.pick(p, k.inDevice()); tried == nil && other != nil {
 				tried = p
 				t.client.counters.retries.Add(1)
 				continue
@@ -238,6 +242,15 @@ type connection struct {
 	ctrl *host.Controller
 	kv   *host.KV
 	lost chan struct{}
+	// hostOnly is set when it did not take the memory of some dma-buf.
+	hostOnly atomic.Bool
+}
+
+func (l *connection) register(r region) error {
+	if r.buf != nil {
+		return l.ctrl.RegisterDMABuf(r.mem, *r.buf)
+	}
+	return l.ctrl.Register(r.mem)
 }
 
 func (p *path) better(o *path) bool {
@@ -306,7 +319,13 @@ func (p *path) begin(l *connection) error {
 	defer c.mu.Unlock()
 	var errs []error
 	for _, r := range c.regions {
-		errs = append(errs, l.ctrl.Register(r))
+		err := l.register(r)
+		if r.buf != nil && err != nil {
+			l.hostOnly.Store(true)
+		}
+		if !errors.Is(err, host.ErrDeviceMemory) {
+			errs = append(errs, err)
+		}
 	}
 	p.live.Store(l)
 	return errors.Join(errs...)
@@ -337,7 +356,7 @@ func (p *path) connect(ctx context.Context) (*connection, error) {
 		p.target.client.wg.Go(func() { _ = ctrl.Close() })
 		return nil, fmt.Errorf("%v: %w", p.spec, err)
 	}
-	return &connection{ctrl, kv, make(chan struct{})}, nil
+	return &connection{ctrl: ctrl, kv: kv, lost: make(chan struct{})}, nil
 }
 
 func firstKV(ctx context.Context, ctrl *host.Controller) (uint32, error) {

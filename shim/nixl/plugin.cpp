@@ -98,18 +98,29 @@ private:
 
 // ---- GPU memory ----
 
-// A dma-buf of a range of GPU memory, by the driver's own library. -1 where there is none. The caller closes it.
-int dmabuf_of(uintptr_t addr, size_t len) {
-	using GetHandle = int (*)(void *handle, uint64_t addr, size_t len, int type, unsigned long long flags);
-	static const GetHandle get = [] {
+// cuMemGetHandleForAddressRange of the driver's own library, null where there is no GPU or the driver has no dma-bufs.
+using GetHandle = int (*)(void *handle, uint64_t addr, size_t len, int type, unsigned long long flags);
+GetHandle get_handle() {
+	static const GetHandle get = []() -> GetHandle {
+		if (access("/dev/nvidiactl", F_OK) != 0) return nullptr;
 		void *cuda = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
 		return cuda ? reinterpret_cast<GetHandle>(dlsym(cuda, "cuMemGetHandleForAddressRange")) : nullptr;
 	}();
-	int fd = -1;
-	return get && get(&fd, addr, len, 1 /* CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD */, 0) == 0 ? fd : -1;
+	return get;
 }
 
-bool gpu_present() { return access("/dev/nvidiactl", F_OK) == 0; }
+// Makes r, whose addr and len are set, a region of a dma-buf, of the whole pages that GPU memory is shared in. The caller closes
+// dmabuf_fd, -1 when there is none.
+void share(kvof_region &r) {
+	auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), addr = reinterpret_cast<uintptr_t>(r.addr);
+	r.dmabuf = 1;
+	r.dmabuf_fd = -1;
+	r.dmabuf_offset = addr % page;
+	uintptr_t first = addr - r.dmabuf_offset, end = (addr + r.len + page - 1) / page * page;
+	int fd = -1;
+	auto get = get_handle();
+	if (get && get(&fd, first, end - first, 1 /* CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD */, 0) == 0) r.dmabuf_fd = fd;
+}
 
 // ---- Metadata and transfers ----
 
@@ -216,7 +227,18 @@ public:
 	bool supportsRemote() const override { return false; }
 	bool supportsLocal() const override { return true; }
 	bool supportsNotif() const override { return false; }
-	Mems getSupportedMems() const override { return gpu_present() ? Mems{OBJ, DRAM, VRAM} : Mems{OBJ, DRAM}; }
+	// VRAM where a path that is up takes dma-bufs: kvof_register tells, without one.
+	Mems getSupportedMems() const override {
+		static char page[4096];
+		kvof_region r = {};
+		r.size = sizeof r;
+		r.addr = page;
+		r.len = sizeof page;
+		r.dmabuf = 1;
+		r.dmabuf_fd = -1;
+		r.dmabuf_offset = reinterpret_cast<uintptr_t>(page) % 4096;
+		return get_handle() && kvof_register(client_, &r) != KVOF_UNSUPPORTED ? Mems{OBJ, DRAM, VRAM} : Mems{OBJ, DRAM};
+	}
 	Status connect(const std::string &) override { return SUCCESS; }
 	Status disconnect(const std::string &) override { return SUCCESS; }
 	Status unloadMD(Metadata *) override { return SUCCESS; }
@@ -373,8 +395,7 @@ private:
 		r.addr = reinterpret_cast<void *>(mem.addr);
 		r.len = mem.len;
 		if (gpu) {
-			r.dmabuf = 1;
-			r.dmabuf_fd = dmabuf_of(mem.addr, mem.len);
+			share(r);
 			int status = r.dmabuf_fd < 0 ? KVOF_UNSUPPORTED : kvof_register(client_, &r);
 			if (r.dmabuf_fd >= 0) close(r.dmabuf_fd);
 			if (status != KVOF_OK) {
@@ -522,7 +543,7 @@ Plugin plugin = {
     [] { return "KVOF"; },
     [] { return kvof_version(); },
     [] { return DEFAULTS; },
-    [] { return gpu_present() ? Mems{OBJ, DRAM, VRAM} : Mems{OBJ, DRAM}; },
+    [] { return get_handle() ? Mems{OBJ, DRAM, VRAM} : Mems{OBJ, DRAM}; },
 };
 
 } // namespace

@@ -72,6 +72,10 @@ func (d *nullDevice) Register(mem []byte, _ rdma.Access) (*rdma.Region, error) {
 	return rdma.NewRegion(mem, 1<<40, func([]byte) (rdma.MR, error) { return rdma.MR{Close: func() error { return nil }}, nil })
 }
 
+func (d *nullDevice) RegisterDMABuf([]byte, rdma.DMABuf, rdma.Access) (*rdma.Region, error) {
+	return nil, rdma.ErrNoDMABuf
+}
+
 // at finds registered memory by its address.
 func (d *nullDevice) at(s rdma.SGE) []byte {
 	for _, m := range d.mem {

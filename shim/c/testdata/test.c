@@ -305,6 +305,10 @@ static void test_arguments(void) {
 	CHECK(kvof_register(c, &r) == KVOF_INVALID && kvof_unregister(c, mem + 1) == KVOF_INVALID && kvof_unregister(c, mem) == KVOF_OK);
 	r.dmabuf = 1;
 	CHECK(kvof_register(c, &r) == KVOF_UNSUPPORTED);
+	r.dmabuf_fd = -1;
+	CHECK(kvof_register(c, &r) == KVOF_UNSUPPORTED);
+	r.dmabuf_fd = 1 << 20;
+	CHECK(kvof_register(c, &r) == KVOF_INVALID);
 	kvof_close(c);
 	// An older program's options, which end before the time-outs.
 	o.size = offsetof(struct kvof_options, timeout_ms);
