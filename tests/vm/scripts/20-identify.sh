@@ -40,7 +40,7 @@ effects() { # CSI
 	nvme effects-log "$ctrl" --csi="$1" -o json |
 		jq -c '.[0].io_cmd_set | with_entries(.key |= sub("IOCS_(?<opcode>[0-9]+).*"; .opcode))'
 }
-[ "$(effects 1)" = '{"0":1,"1":3,"2":1,"6":1,"16":3,"20":1,"161":1}' ]
+[ "$(effects 1)" = '{"0":1,"1":3,"2":1,"6":1,"16":3,"20":1,"161":1,"162":1}' ]
 [ "$(effects 0)" = '{"0":1,"1":3,"2":1,"5":1,"8":3,"9":3,"12":1}' ]
 
 it 'nvme smart-log, error-log, fw-log and get-feature are answered'
