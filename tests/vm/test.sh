@@ -20,13 +20,13 @@ guest() {
 
 rm -f bin/vm-*.log
 {
-	guest linux-6.1 -t 1500 "${drives[@]}" 6.1 "${all[@]}" transport=rdma $(scripts 10 25 30 55 60 70 90)
+	guest linux-6.1 -t 1500 "${drives[@]}" 6.1 "${all[@]}" transport=rdma $(scripts 10 25 30 55 60 70)
 	guest soft-iwarp -t 600 6.12 transport=rdma soft=siw $(scripts 10 30 50 55 60)
 	guest arm64 -t 600 "${drives[@]}" arm64 transport=rdma $(scripts 25)
+	guest two -t 450 -2 latest "${pair[@]}"
 } &
 {
 	guest linux-latest -t 1500 "${drives[@]}" latest "${all[@]}" transport=rdma "${all[@]}"
-	guest two -t 450 -2 latest "${pair[@]}"
 	guest two-rdma -t 450 -2 latest transport=rdma "${pair[@]}" # the second guest has one transport
 } &
 wait

@@ -35,7 +35,7 @@ fio --name=verify --filename="$disk" --direct=1 --ioengine=io_uring --iodepth=8 
 	--verify=crc32c --verify_fatal=1 --output=fio.log &
 fio=$!
 cntlid=$(cat "/sys/class/nvme/$(controllers $disks)/cntlid")
-/vm/helper rdma-wrong-key $ip:$io 20
+/vm/helper rdma-wrong-key $ip:$io 8
 kill -0 $fio
 wait $fio
 [ "$(cat "/sys/class/nvme/$(controllers $disks)/cntlid")" = "$cntlid" ]
