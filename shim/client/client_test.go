@@ -570,6 +570,7 @@ func TestDMABuf(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s := targettest.Serve(t, targettest.Options{RDMA: true})
 			c := open(t, Options{Targets: urlOf(s) + "|rdma://" + s.RDMA + "/" + s.NQN, verbs: s.Verbs})
+			eventually(t, "the path over RDMA", func() bool { return c.Counters().PathsUp == 2 })
 			v := random(1<<20 + 100)
 			mem, content, buf := rdmatest.DMABuf(t, 4<<20, 4096+8)
 			if err := errors.Join(c.Register(mem, &buf), c.Register(mem, &buf)); err != nil {
