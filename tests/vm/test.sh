@@ -20,7 +20,7 @@ guest() {
 
 rm -f bin/vm-*.log
 {
-	guest linux-6.1 -t 1500 "${drives[@]}" 6.1 "${all[@]}" transport=rdma $(scripts 10 25 30 55 60 70)
+	guest linux-6.1 -t 1500 "${drives[@]}" 6.1 "${all[@]}" transport=rdma $(scripts 10 25 30 55 60 70 90)
 	guest soft-iwarp -t 600 6.12 transport=rdma soft=siw $(scripts 10 30 50 55 60)
 	guest arm64 -t 600 "${drives[@]}" arm64 transport=rdma $(scripts 25)
 	guest two -t 450 -2 latest "${pair[@]}"

@@ -31,11 +31,11 @@ else
 fi
 
 it 'a wrong key ends the connection it came by, and no other'
-fio --name=verify --filename="$disk" --direct=1 --ioengine=io_uring --iodepth=8 --rw=randwrite --bs=16k --size=8m --rate=1m \
+fio --name=verify --filename="$disk" --direct=1 --ioengine=io_uring --iodepth=8 --rw=randwrite --bs=16k --size=24m --rate=1m \
 	--verify=crc32c --verify_fatal=1 --output=fio.log &
 fio=$!
 cntlid=$(cat "/sys/class/nvme/$(controllers $disks)/cntlid")
-/vm/helper rdma-wrong-key $ip:$io 8
+/vm/helper rdma-wrong-key $ip:$io 20
 kill -0 $fio
 wait $fio
 [ "$(cat "/sys/class/nvme/$(controllers $disks)/cntlid")" = "$cntlid" ]
