@@ -43,7 +43,6 @@ measure() {
 		"\(.bw_bytes / 1048576) \(.clat_ns.mean / 1000) \($busy / 1000 / (.runtime / 1000) * 10)"' json
 }
 busy() { awk '/^cpu / { print $2 + $3 + $4 + $7 + $8 }' /proc/stat; } # hundredths of a second
-median() { sort -n | awk '{ v[NR] = $1 } END { printf "%.2f %.2f %.2f\n", v[int((NR + 1) / 2)], v[1], v[NR] }'; }
 
 it 'throughput'
 echo "Linux $(uname -r), $(nproc) CPUs, $rounds rounds of $seconds s" >&3

@@ -21,7 +21,6 @@ fio --name=fill --filename="$disk" --direct=1 --rw=write --bs=1m --size=128m
 ours() { /vm/kvof bench -t rdma -a $ip:$io -n $nqn --namespace 1 --size 16MiB --keys 4 --keep --json "$@" > json; }
 ours --op store --count 4
 
-median() { sort -n | awk '{ v[NR] = $1 } END { printf "%.2f %.2f %.2f\n", v[int((NR + 1) / 2)], v[1], v[NR] }'; }
 # The measurements print MiB/s.
 retrieve() { # DEPTH
 	ours --op retrieve --time "${seconds}s" --depth "$1"

@@ -98,16 +98,7 @@ var never = Options{Eviction: EvictNever, Strict: true}
 
 func newArena(t testing.TB) *uring.Arena {
 	t.Helper()
-	a, err := uring.NewArena(8 << 20)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := a.Close(); err != nil {
-			t.Error(err) // a buffer was not put back
-		}
-	})
-	return a
+	return uringtest.NewArena(t, 8<<20)
 }
 
 // devices runs f on each kind of device.

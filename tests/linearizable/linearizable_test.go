@@ -304,7 +304,7 @@ func stores(t *testing.T, f func(t *testing.T, u under, evicts bool)) {
 		open func(t *testing.T) (uring.Device, *uring.Arena)
 	}{
 		{"memory", func(t *testing.T) (uring.Device, *uring.Arena) {
-			return newMemory(t, 64<<20), newArena(t)
+			return newMemory(t, 64<<20), uringtest.NewArena(t, 32<<20)
 		}},
 		{"drive", func(t *testing.T) (uring.Device, *uring.Arena) { // ops overtake each other, and some wait
 			var n atomic.Uint32
@@ -316,7 +316,7 @@ func stores(t *testing.T, f func(t *testing.T, u under, evicts bool)) {
 					f.Delay = 200 * time.Microsecond
 				}
 				return f
-			}), newArena(t)
+			}), uringtest.NewArena(t, 32<<20)
 		}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -343,19 +343,6 @@ func newMemory(t *testing.T, size int64) uring.Device {
 	}
 	t.Cleanup(func() { d.Close() })
 	return d
-}
-
-func newArena(t *testing.T) *uring.Arena {
-	a, err := uring.NewArena(32 << 20)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := a.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	return a
 }
 
 // newRemote serves a namespace over TCP and connects the clients.

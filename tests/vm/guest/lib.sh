@@ -276,3 +276,6 @@ delete() { kv_command 0x10 "$1" 0 0 -; }
 list() { kv_command 0x06 "$1" "$2" "$2" out; } # FROM SIZE, to the file out
 answers() { [ "$sc $dw0" = "$1 ${2:-$dw0}" ] || die "status $sc, DW0 $dw0; expected $*"; }
 same() { [ "$(sha256sum < "$1")" = "$(sha256sum < "$2")" ] || die "$1 and $2 differ"; }
+
+# median prints the median, the lowest and the highest of the numbers it reads.
+median() { sort -n | awk '{ v[NR] = $1 } END { printf "%.2f %.2f %.2f\n", v[int((NR + 1) / 2)], v[1], v[NR] }'; }
