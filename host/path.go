@@ -13,6 +13,8 @@ type path interface {
 	submit(ctx context.Context, cmd nvmeof.Command, d data, once bool) (cqe nvmeof.Completion, n int, err error)
 	// maxTransfer is how many bytes from the start of b one command carries; 0 = no limit. A nil b is aligned best.
 	maxTransfer(b []byte) uint64
+	// LogPage reads part of a log page of the controller.
+	LogPage(ctx context.Context, lid uint8, off uint64, b []byte) error
 }
 
 // data is a command's: one buffer, or several pieces of memory that follow each other.

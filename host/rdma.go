@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/kvof/kvof/nvmeof"
@@ -21,10 +22,11 @@ type rdmaTransport struct {
 	opts  *Options
 	verbs rdma.Verbs
 
+	dev     rdma.Device  // of the first queue, and so of all
+	devices atomic.Int32 // regions that are a dma-buf's; changed with the mutex
+
 	mu      sync.RWMutex
-	dev     rdma.Device // of the first queue, and so of all
-	regions []*region   // registered by the caller
-	devices int         // of them are a dma-buf's
+	regions []*region // registered by the caller
 }
 
 // region is memory of the caller's.
@@ -78,7 +80,7 @@ func (t *rdmaTransport) register(b []byte, buf *rdma.DMABuf) (err error) {
 	defer t.mu.Unlock()
 	t.regions = append(t.regions, r)
 	if r.device {
-		t.devices++
+		t.devices.Add(1)
 	}
 	return nil
 }
@@ -90,7 +92,7 @@ func (t *rdmaTransport) unregister(b []byte) {
 		if len(r.mem) == len(b) && &r.mem[0] == &b[0] {
 			t.regions = slices.Delete(t.regions, i, i+1)
 			if r.device {
-				t.devices--
+				t.devices.Add(-1)
 			}
 			r.Close()
 			return
@@ -112,11 +114,11 @@ func (t *rdmaTransport) find(b []byte) *rdma.Region {
 
 // device tells whether any of d lies in the memory of a dma-buf.
 func (t *rdmaTransport) device(d data) bool {
-	t.mu.RLock()
-	defer t.mu.RUnlock()
-	if t.devices == 0 {
+	if t.devices.Load() == 0 {
 		return false
 	}
+	t.mu.RLock()
+	defer t.mu.RUnlock()
 	for _, r := range t.regions {
 		if r.device && (rdma.Overlap(r.mem, d.buf) || slices.ContainsFunc(d.pieces, func(p []byte) bool { return rdma.Overlap(r.mem, p) })) {
 			return true

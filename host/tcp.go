@@ -18,14 +18,14 @@ type tcpTransport struct{ opts *Options }
 // adminInCapsule is what every NVMe/TCP admin queue takes in a capsule, bytes (TCP, In-Capsule Data).
 const adminInCapsule = 8192
 
-func (t tcpTransport) unregister([]byte) {}
 func (t tcpTransport) register(_ []byte, buf *rdma.DMABuf) error {
 	if buf != nil {
 		return ErrDeviceMemory
 	}
 	return nil
 }
-func (t tcpTransport) close() {}
+func (t tcpTransport) unregister([]byte) {}
+func (t tcpTransport) close()            {}
 
 func (t tcpTransport) maxTransfer(*nvmeof.IdentifyController) uint64 { return 0 }
 

@@ -29,15 +29,8 @@ func (k *KV) vendorCommands(ctx context.Context) vendor {
 
 // askVendor reads the log page that advertises them. It fails when there is no answer.
 func (k *KV) askVendor(ctx context.Context) (*vendor, error) {
-	v := new(vendor)
-	c, ok := k.path.(interface {
-		LogPage(ctx context.Context, lid uint8, off uint64, b []byte) error
-	})
-	if !ok {
-		return v, nil
-	}
-	b := make([]byte, nvmeof.VendorLogSize)
-	if err := c.LogPage(ctx, nvmeof.LogVendor, 0, b); unsupported(err) {
+	v, b := new(vendor), make([]byte, nvmeof.VendorLogSize)
+	if err := k.path.LogPage(ctx, nvmeof.LogVendor, 0, b); unsupported(err) {
 		return v, nil
 	} else if err != nil {
 		return nil, err

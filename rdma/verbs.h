@@ -32,7 +32,7 @@ enum { CHAIN_SEND, CHAIN_RECV, CHAIN_SRQ };
 int kvof_turn(struct kvof_chain *chains, int nchains, struct kvof_wr *wrs, struct ibv_sge *sges,
 	uintptr_t *cqs, int ncqs, int start, struct ibv_wc *wc, int nwc);
 
-// Asks for an event at the next completion of each queue; an errno or 0.
+// Asks for an event at the next completion of the queue; an errno or 0.
 int kvof_arm(struct ibv_cq *cq);
 
 // Waits until the completion channel has an event, which it takes and acknowledges, or the eventfd wake was written: 0, or an errno.

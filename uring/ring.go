@@ -196,6 +196,7 @@ func (r *ring) roused(uintptr) bool {
 	r.waited = true
 	return false
 }
+
 func (r *ring) poll() { _, _ = r.r.GetEvents() }
 
 // block needs no loop for EINTR: its caller has one.
