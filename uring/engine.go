@@ -288,6 +288,11 @@ func (g *engine) block() {
 // park waits while others take the completions, but for those that are there already.
 func (g *engine) park(o *Op) {
 	g.mu.Lock()
+	if len(o.done) > 0 { // meanwhile, and the ring may have been closed
+		g.mu.Unlock()
+		<-o.done
+		return
+	}
 	g.parked.Add(1)
 	mine := !g.polled && g.ring.completed() && g.reaping.CompareAndSwap(false, true)
 	if !mine && !g.reaping.Load() { // who does will see that we wait

@@ -185,6 +185,17 @@ func TestCloseInFlight(t *testing.T) {
 	})
 }
 
+// TestWaitAfterClose waits as one who looked just before the op ended, and was late for Close: the ring is no more.
+func TestWaitAfterClose(t *testing.T) {
+	d := openFile(t, FileOptions{})
+	o := Op{Kind: OpFlush}
+	o.Start(d)
+	if err := d.Close(); err != nil { // which waits for the op
+		t.Fatal(err)
+	}
+	d.park(&o)
+}
+
 func TestSubmitTwicePanics(t *testing.T) {
 	d := openFile(t, FileOptions{})
 	o := Op{Kind: OpFlush}
