@@ -75,8 +75,9 @@ func number(s string) (int, bool) {
 type conn struct {
 	dialect
 	c       net.Conn
-	r       *bufio.Reader // small: nearly all of a value goes around it, straight into in
-	in, out []byte
+	r       *bufio.Reader // small: nearly all of a value goes around it, straight into its buffer
+	buffers [][]byte      // a value's for each request in flight, in turn, as of a client with several values
+	out, in int           // requests sent, and answered
 	tail    []byte
 	hist    *hdrhistogram.Histogram
 }
@@ -90,28 +91,37 @@ func dial() (*conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	x := &conn{dialect: d, c: c, r: bufio.NewReaderSize(c, 256), in: make([]byte, *size), out: make([]byte, *size),
+	x := &conn{dialect: d, c: c, r: bufio.NewReaderSize(c, 256), buffers: make([][]byte, *depth),
 		tail: make([]byte, len(d.afterValue)), hist: hdrhistogram.New(100, int64(100*time.Second), 3)}
-	for i := range x.out {
-		x.out[i] = byte(i * 7)
+	for i := range x.buffers {
+		x.buffers[i] = make([]byte, *size)
+		for j := range x.buffers[i] {
+			x.buffers[i][j] = byte(j * 7)
+		}
 	}
 	return x, nil
 }
 
+// buffer is that of the n-th request.
+func (x *conn) buffer(n int) []byte { return x.buffers[n%len(x.buffers)] }
+
 var crlf = []byte("\r\n")
 
 func (x *conn) send(set bool, i int64) error {
-	key := fmt.Sprintf("bench-%010d", i%int64(*keys))
+	key, value := fmt.Sprintf("bench-%010d", i%int64(*keys)), x.buffer(x.out)
+	x.out++
 	if !set {
 		_, err := io.WriteString(x.c, x.get(key, *size))
 		return err
 	}
-	b := net.Buffers{[]byte(x.set(key, *size)), x.out, crlf} // one writev
+	b := net.Buffers{[]byte(x.set(key, *size)), value, crlf} // one writev
 	_, err := b.WriteTo(x.c)
 	return err
 }
 
 func (x *conn) receive(set bool) error {
+	value := x.buffer(x.in)
+	x.in++
 	line, err := x.r.ReadString('\n')
 	if err != nil {
 		return err
@@ -126,7 +136,7 @@ func (x *conn) receive(set bool) error {
 	if n, ok := x.value(line); !ok || n != *size {
 		return fmt.Errorf("get: the server answers %q", line)
 	}
-	if _, err = io.ReadFull(x.r, x.in); err == nil {
+	if _, err = io.ReadFull(x.r, value); err == nil {
 		_, err = io.ReadFull(x.r, x.tail)
 	}
 	if err == nil && string(x.tail) != x.afterValue {

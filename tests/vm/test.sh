@@ -33,4 +33,5 @@ wait
 
 passed=$(cat bin/vm-*.log | grep -c '^PASS ') failed=$(cat bin/vm-*.log | grep -c '^FAIL ') || true
 echo "$passed passed, $failed failed"
+grep '^FAIL ' bin/vm-*.log | sed 's|^bin/vm-\(.*\).log:FAIL|\1: FAIL|' || true # once more, where they are seen
 [ "$failed" = 0 ] && [ "$passed" -gt 0 ]
