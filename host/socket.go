@@ -18,6 +18,8 @@ type socket struct {
 	raw syscall.RawConn
 
 	rvec  [2]unix.Iovec
+	rlow  int // SO_RCVLOWAT
+	rwant int
 	rn    int
 	rerr  error
 	rfunc func(uintptr) bool // tryRead, bound once
@@ -34,16 +36,20 @@ func newSocket(c *net.TCPConn) (*socket, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &socket{raw: raw}
+	s := &socket{raw: raw, rlow: 1}
 	s.rfunc, s.wfunc = s.tryRead, s.tryWrite
 	return s, nil
 }
 
-// read waits for bytes and fills a, then b; a may be empty, b must not be.
+// lowWater is how many bytes of a payload a reader sleeps for at least: woken for each segment, it would do little but
+// wake and sleep, and have the sender's processor wake it.
+const lowWater = 256 << 10
+
+// read waits for bytes, those that a holds if there are none, and fills a, then b; a may be empty, b must not be.
 func (s *socket) read(a, b []byte) (int, error) {
-	s.rvec = [2]unix.Iovec{}
+	s.rvec, s.rwant = [2]unix.Iovec{}, 1
 	if len(a) > 0 {
-		s.rvec[0] = vec(a)
+		s.rvec[0], s.rwant = vec(a), min(len(a), lowWater)
 	}
 	s.rvec[1] = vec(b)
 	if err := s.raw.Read(s.rfunc); err != nil {
@@ -68,6 +74,9 @@ func (s *socket) tryRead(fd uintptr) bool {
 		case unix.EINTR:
 			continue
 		case unix.EAGAIN:
+			if s.rlow != s.rwant && unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVLOWAT, s.rwant) == nil {
+				s.rlow = s.rwant
+			}
 			return false
 		default:
 			s.rn, s.rerr = 0, e

@@ -23,6 +23,10 @@ const (
 	readBuffer = 32 << 10
 	// maxRead is how many bytes of payload one read takes, at most.
 	maxRead = 128 << 10
+	// largePayload is how much data of a PDU makes it likely that more such PDUs follow. Then only aheadLarge bytes are read
+	// into the receive buffer: headers, rather than payload to be copied.
+	largePayload = 32 << 10
+	aheadLarge   = 512
 	// maxTransfers is how many commands of one connection may have an R2T outstanding.
 	maxTransfers = 16
 )
@@ -44,14 +48,15 @@ type conn struct {
 	// The reader's.
 	buf       []byte
 	r, w      int
+	ahead     int           // bytes to read ahead
 	connected bool          // a Connect succeeded
 	want      atomic.Bool   // the host owes us bytes: the rest of a PDU
 	seen      atomic.Uint64 // bytes received and sent
 	last      uint64        // seen, when checkStall last looked
 	still     time.Duration // for how long it has not changed
 
-	spin spinner
-	tx   sender
+	rx receiver
+	tx sender
 
 	// Transfers from the host: requests by tag with an R2T outstanding, and those waiting for a place.
 	xmu      sync.Mutex
@@ -79,12 +84,12 @@ func newConn(l *Listener, nc net.Conn) (*conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &conn{l: l, nc: nc, raw: raw, name: nc.RemoteAddr().String(), buf: make([]byte, readBuffer), xfers: map[uint16]*transfer{}}
+	c := &conn{l: l, nc: nc, raw: raw, name: nc.RemoteAddr().String(), buf: make([]byte, readBuffer), ahead: readBuffer, xfers: map[uint16]*transfer{}}
 	var local netip.AddrPort
 	if a, ok := nc.LocalAddr().(*net.TCPAddr); ok {
 		local = a.AddrPort()
 	}
-	c.spin.init(raw, &l.spinners)
+	c.rx.init(raw, &l.spinners)
 	c.tx.init(c)
 	c.queue = l.target.NewQueue(c, l.port, local)
 	return c, nil
@@ -231,6 +236,7 @@ func (c *conn) capsule(p *nvmeof.PDU) error {
 	}
 	copy(r.Cmd[:], b[nvmeof.PDUHeaderSize:])
 	c.r += plen
+	c.ahead = len(c.buf)
 	st := nvmeof.Success
 	if n > 0 {
 		data := b[p.PDO : uint32(p.PDO)+n]
@@ -334,7 +340,7 @@ func (c *conn) data(p *nvmeof.PDU) error {
 		c.r += m
 		if m == 0 {
 			var err error
-			if m, err = c.read(b); err != nil {
+			if m, err = c.read(b, left); err != nil {
 				return err
 			}
 		}
@@ -345,6 +351,9 @@ func (c *conn) data(p *nvmeof.PDU) error {
 		left -= m
 	}
 	x.got += n
+	if n >= largePayload {
+		c.ahead = aheadLarge
+	}
 	if digest {
 		b, err := c.peek(nvmeof.DigestSize)
 		if err != nil {
@@ -405,16 +414,17 @@ func (c *conn) peek(n int) ([]byte, error) {
 			c.r = 0
 		}
 		c.tx.flush()
-		m := c.spin.read(c.buf[c.w:])
+		b := c.buf[c.w:max(c.r+n, min(c.w+c.ahead, len(c.buf)))]
+		m := c.rx.spin(b)
 		if m > 0 {
 			c.seen.Add(uint64(m))
 		} else {
 			start := time.Now()
 			var err error
-			if m, err = c.read(c.buf[c.w:]); err != nil {
+			if m, err = c.read(b, 1); err != nil {
 				return nil, err
 			}
-			c.spin.waited(time.Since(start))
+			c.rx.waited(time.Since(start))
 		}
 		c.w += m
 		c.want.Store(true) // be it a part of the first eight bytes
@@ -422,10 +432,10 @@ func (c *conn) peek(n int) ([]byte, error) {
 	return c.buf[c.r : c.r+n], nil
 }
 
-// read reads from the socket, having sent what has been answered.
-func (c *conn) read(b []byte) (int, error) {
+// read reads from the socket, having sent what has been answered; the host owes us want bytes.
+func (c *conn) read(b []byte, want int) (int, error) {
 	c.tx.flush()
-	n, err := c.nc.Read(b)
+	n, err := c.rx.read(b, want)
 	if n > 0 {
 		c.seen.Add(uint64(n))
 		return n, nil
