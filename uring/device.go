@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -64,13 +65,14 @@ type Op struct {
 
 	done   chan struct{}
 	err    error
-	engine *engine // that does it, of devices that have one
-	next   *Op     // in the device's queue
-	self   [1]*Op  // lets Start pass a slice without allocating one
-	pos    int64   // bytes that commands were started for
-	parts  int32   // commands in flight
-	manual bool    // a Zero done by writing zeroes
-	alone  bool    // shares no command with another
+	engine *engine   // that does it, of devices that have one
+	next   *Op       // in the device's queue
+	began  time.Time // when its turn came, if it is paced
+	self   [1]*Op    // lets Start pass a slice without allocating one
+	pos    int64     // bytes that commands were started for
+	parts  int32     // commands in flight
+	manual bool      // a Zero done by writing zeroes
+	alone  bool      // shares no command with another
 	busy   bool
 }
 
@@ -135,7 +137,7 @@ func (o *Op) Begin() {
 	if o.done == nil {
 		o.done = make(chan struct{}, 1)
 	}
-	o.busy, o.err, o.engine, o.next, o.pos, o.parts, o.manual, o.alone = true, nil, nil, nil, 0, 0, false, false
+	o.busy, o.err, o.engine, o.next, o.began, o.pos, o.parts, o.manual, o.alone = true, nil, nil, nil, time.Time{}, 0, 0, false, false
 }
 
 // Complete ends o with err. Only implementations of Device call it, once after
@@ -215,6 +217,7 @@ type DeviceInfo struct {
 	Direct     bool     `json:"direct"`             // O_DIRECT: past the page cache
 	Registered int64    `json:"registered"`         // bytes of the arena registered with the ring so far
 	Depth      int      `json:"depth"`              // ops the ring holds at once; more wait in line
+	Window     int64    `json:"window,omitempty"`   // bytes of large payloads in flight at once; more wait in line
 	Features   []string `json:"features,omitempty"` // of the ring
 	Warnings   []string `json:"warnings,omitempty"` // each one line, saying what to do
 

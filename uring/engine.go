@@ -51,6 +51,7 @@ type engine struct {
 	parked    atomic.Int32   // waiters that leave that to others; goes up with the mutex
 
 	mu         sync.Mutex
+	bulk       bulk     // ops that wait for their turn
 	pending    queue    // ops with commands still to start; only the first may have some started
 	again      []uint32 // slots to submit once more
 	slots      []slot   // commands, by user_data
@@ -189,19 +190,31 @@ func (g *engine) Submit(ops ...*Op) {
 			o.err = g.down
 			refused.push(o)
 		} else {
-			g.pending.push(o)
+			g.add(o)
 			if o.Then != nil {
 				g.entrusted = true
 				g.entrust()
 			}
 		}
 	}
-	if g.pending.head != nil {
+	if g.waiting() {
 		g.kick()
 	}
 	g.mu.Unlock()
 	refused.complete()
 }
+
+// add takes an op, with the mutex.
+func (g *engine) add(o *Op) {
+	if o.paced() {
+		g.bulk.push(o)
+	} else {
+		g.pending.push(o)
+	}
+}
+
+// waiting tells whether there are ops with commands to start, now or in their turn.
+func (g *engine) waiting() bool { return g.pending.head != nil || g.bulk.head != nil }
 
 // entrust leaves, with the mutex, the completion of an op to the completion goroutine, as a waiter that parks does.
 func (g *engine) entrust() {
@@ -239,7 +252,7 @@ func (g *engine) kick() {
 	switch {
 	case g.closing && round > 0:
 		g.ring.wake() // what was submitted may have ended before, and rest found us here
-	case g.pending.head != nil:
+	case g.pending.head != nil && !g.reaping.Load(): // who does will see that there is more
 		g.notify()
 	}
 }
@@ -321,7 +334,7 @@ func (g *engine) release() {
 
 // needed tells, with the mutex, whether somebody relies on the completion goroutine.
 func (g *engine) needed() bool {
-	return g.parked.Load() > 0 || g.pending.head != nil || len(g.again) > 0 || g.closing
+	return g.parked.Load() > 0 || g.waiting() || len(g.again) > 0 || g.closing
 }
 
 // notify has, with the mutex, the completion goroutine told of completions, those that are there among them.
@@ -351,6 +364,7 @@ func (g *engine) fill() bool {
 			g.nudging = false
 		}
 	}
+	g.bulk.admit(&g.pending)
 	for len(g.again) > 0 || g.pending.head != nil && len(g.free) > 0 {
 		e := g.ring.sqe()
 		if e == nil {
@@ -489,6 +503,9 @@ func (g *engine) finish(i uint32, done *queue) {
 
 // end adds, with the mutex, an op that is over to done.
 func (g *engine) end(o *Op, done *queue) {
+	if o.paced() {
+		g.bulk.over(o)
+	}
 	if o.Then != nil {
 		g.parked.Add(-1)
 	}
@@ -501,6 +518,7 @@ func (g *engine) fail(err error) {
 	var done queue
 	g.mu.Lock()
 	if g.down = err; err != nil {
+		g.bulk.all(&g.pending)
 		for g.pending.head != nil {
 			o := g.pending.pop()
 			if o.err = err; o.parts == 0 {
@@ -526,10 +544,11 @@ func (g *engine) rest() (over bool) {
 	g.mu.Lock()
 	g.kick()
 	needed := g.needed()
+	taken := g.reaping.Load() // by a waiter, who sees to it that we are told when it stops
 	stay := g.entrusted && !g.closing && !g.polled && g.reaping.CompareAndSwap(false, true)
-	g.ring.hush(!needed || stay)
+	g.ring.hush(!needed || taken || stay)
 	idle := !g.submitting && g.ring.ready() == 0 && len(g.free) == len(g.slots)
-	over = g.closing && idle && g.elsewhere == 0 && g.pending.head == nil && g.reaping.CompareAndSwap(false, true) // for ever
+	over = g.closing && idle && g.elsewhere == 0 && !g.waiting() && g.reaping.CompareAndSwap(false, true) // for ever
 	g.mu.Unlock()
 	switch {
 	case over:
@@ -538,8 +557,6 @@ func (g *engine) rest() (over bool) {
 		g.reaping.Store(false)
 	case needed && g.polled && !idle:
 		g.ring.poll()
-	case needed && g.ring.completed():
-		runtime.Gosched() // to whoever takes them
 	default:
 		g.ring.sleep()
 	}
@@ -667,7 +684,7 @@ func (p *pins) wait() { p.running.Wait() }
 // describe fills in what all engines know of themselves.
 func (g *engine) describe(i DeviceInfo) DeviceInfo {
 	g.mu.Lock()
-	i.Path = g.path
+	i.Path, i.Window = g.path, g.bulk.limit()
 	g.mu.Unlock()
 	i.Size, i.BlockSize, i.Registered, i.Depth = g.size, int(g.align), g.pinned.bytes.Load(), len(g.slots)
 	if w := g.pinned.warning.Load(); w != nil {

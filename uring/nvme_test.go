@@ -375,7 +375,7 @@ func TestGone(t *testing.T) {
 	for round := range 2 {
 		ops := make([]*Op, 64)
 		for i := range ops {
-			ops[i] = &Op{Kind: OpKind(i % 5), Off: int64(i) * 4096, Len: 4096, Data: make([]byte, 300<<10)}
+			ops[i] = &Op{Kind: OpKind(i % 5), Off: int64(i) * 4096, Len: 4096, Data: make([]byte, (100+i%2*200)<<10)} // those of 100 KiB are paced
 		}
 		calls := 0
 		f.mu.Lock()
