@@ -266,10 +266,10 @@ func (r *recovery) run(sl *slot) error {
 	if err := r.clearTorn(sl); err != nil {
 		return fmt.Errorf("kvlayer: recovery: %w", err)
 	}
+	r.join()
 	if err := r.endMoves(sl); err != nil {
 		return err
 	}
-	r.join()
 	if err := r.buryAll(sl); err != nil {
 		return fmt.Errorf("kvlayer: recovery: %w", err)
 	}
@@ -402,14 +402,12 @@ func (r *recovery) add(g *segment, rec *record) {
 	switch {
 	case rec.kind != recordLive:
 	case rec.from != 0 && r.used[rec.from]:
-		if rec.part == 0 {
-			r.moved = append(r.moved, partRecord{s, e})
-		}
+		r.moved = append(r.moved, partRecord{s, e})
 	case rec.part > 0:
 		r.parts = append(r.parts, partRecord{s, e})
 	default:
 		if old, ok := s.index.get(rec.key, 0, 0); ok {
-			if old.seq() >= e.seq() {
+			if old.seq() > e.seq() || old.seq() == e.seq() && r.genOf(old) > g.gen {
 				r.dead = append(r.dead, e)
 				return
 			}
@@ -419,6 +417,13 @@ func (r *recovery) add(g *segment, rec *record) {
 		s.index.replace(rec.key, []entry{e}, nil)
 		r.count(s, e, 1)
 	}
+}
+
+// genOf is the generation of e's segment. Of two records of the same, which a power cut can leave of one that was moved, the one
+// with the higher counts, so that of two segments one is left empty.
+func (r *recovery) genOf(e entry) uint64 {
+	g, _ := r.segmentOf(e.block())
+	return g.gen
 }
 
 // clearTorn erases the summaries that could not be read: from now on the segments' headers tell more.
@@ -438,10 +443,11 @@ func (r *recovery) clearTorn(sl *slot) error {
 }
 
 // endMoves ends what reclaiming had begun: a copy that is whole takes its original's
-// place, so that interrupted reclaims do not use up the space there is for them.
+// place, so that interrupted reclaims do not use up the space there is for them. The others die: they would
+// count when their source is free, also for a value that was evicted with it.
 func (r *recovery) endMoves(sl *slot) error {
 	for _, m := range r.moved {
-		old, ok := m.s.index.get(m.e.key(), 0, 0)
+		old, ok := m.s.index.get(m.e.key(), m.e.part(), 0)
 		if ok = ok && old.seq() == m.e.seq(); ok {
 			var err error
 			if ok, err = r.adopt(sl, m.e); err != nil {
@@ -452,20 +458,15 @@ func (r *recovery) endMoves(sl *slot) error {
 			r.dead = append(r.dead, m.e)
 			continue
 		}
-		r.stand(m.s, old, m.e)
+		r.dead = append(r.dead, old)
+		r.count(m.s, old, -1)
+		m.s.index.update(old, func(e *entry) { e.place = m.e.place })
+		r.count(m.s, m.e, 1)
 	}
 	if len(r.moved) == 0 {
 		return nil
 	}
 	return r.flushAll() // the copies stand on their own before the originals die
-}
-
-// stand has e stand in the index in the place of old, which dies.
-func (r *recovery) stand(s *Store, old, e entry) {
-	r.dead = append(r.dead, old)
-	r.count(s, old, -1)
-	s.index.replace(e.key(), []entry{e}, nil)
-	r.count(s, e, 1)
 }
 
 // buryAll marks what lost dead: first in the summaries, for good, then in the headers. So where
@@ -493,10 +494,12 @@ func (r *recovery) buryAll(sl *slot) error {
 	return nil
 }
 
-// adopt verifies a copy and has its header no longer say that it is one.
+// adopt verifies a copy and has it no longer say that it is one.
 func (r *recovery) adopt(sl *slot, e entry) (ok bool, err error) {
 	g, off := r.segmentOf(e.block())
 	d := g.dev
+	g.meta.Lock()
+	defer g.meta.Unlock()
 	defer func() {
 		if errors.Is(err, uring.ErrMedia) {
 			ok, err = false, nil
@@ -517,10 +520,13 @@ func (r *recovery) adopt(sl *slot, e entry) (ok bool, err error) {
 	rec.from = 0
 	for i := range g.log {
 		if g.log[i].off == off {
-			g.log[i].from = 0
+			g.log[i] = rec
 		}
 	}
-	return true, g.writeRecord(sl, rec, sums)
+	if err := g.writeRecord(sl, rec, sums); err != nil {
+		return false, err
+	}
+	return true, g.amend(sl, off, func(entry []byte) { le.PutUint64(entry[24:], 0) })
 }
 
 // verify reads n bytes of data of the record at off and compares them with sums.
@@ -543,7 +549,8 @@ func (r *recovery) count(s *Store, e entry, sign int64) {
 	s.used.Add(n)
 }
 
-// join gives the striped values their parts, and drops those that lack one.
+// join gives the striped values their parts, and drops those that lack one. Of two records of a part one dies, or
+// it would stand in for the other when that was evicted.
 func (r *recovery) join() {
 	slices.SortFunc(r.parts, func(a, b partRecord) int {
 		switch {
@@ -557,8 +564,10 @@ func (r *recovery) join() {
 			return int(a.e.ident()&15) - int(b.e.ident()&15)
 		case a.e.seq() != b.e.seq():
 			return cmpWord(a.e.seq(), b.e.seq())
+		case a.e.part() != b.e.part():
+			return a.e.part() - b.e.part()
 		}
-		return a.e.part() - b.e.part()
+		return cmpWordEq(r.genOf(b.e), r.genOf(a.e))
 	})
 	for ps := r.parts; len(ps) > 0; {
 		s, k, seq := ps[0].s, ps[0].e.key(), ps[0].e.seq()
@@ -566,7 +575,10 @@ func (r *recovery) join() {
 		es := []entry{head}
 		n := 0
 		for ; n < len(ps) && ps[n].s == s && ps[n].e.seq() == seq && ps[n].e.key() == k; n++ {
-			if e := ps[n].e; e.part() == len(es) && e.size() == head.size() {
+			switch e := ps[n].e; {
+			case n > 0 && e.part() == ps[n-1].e.part():
+				r.dead = append(r.dead, e)
+			case e.part() == len(es) && e.size() == head.size():
 				es = append(es, e)
 			}
 		}
