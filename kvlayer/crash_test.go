@@ -65,7 +65,7 @@ func TestInterruptedReclaim(t *testing.T) {
 	n := 0
 	for ; put(s, key(n), value(uint64(n), size(n)), StoreAlways) == nil; n++ {
 	}
-	source, _ := position(s, key(1))
+	source, pinned := position(s, key(3))
 	for _, e := range s.index.all(nil, key(1)) {
 		if g, _ := s.p.segmentOf(e.block()); g != source {
 			t.Fatal("the parts lie apart")
@@ -88,6 +88,13 @@ func TestInterruptedReclaim(t *testing.T) {
 	d.mem = mem
 	copy(d.mem[source.off:], header)
 	d.mem[torn+block+5]++
+	// Pinned after it was copied.
+	at := uint32((pinned - source.off) / block)
+	if end := source.off + s.p.super.segSize; !amendIn(d.mem[end-block:end], s.p.super.seed, source.gen, at, func(e []byte) { e[43] = 1 }) {
+		t.Fatal("no summary")
+	}
+	d.mem[pinned+19] = 1
+	sealStruct(d.mem[pinned:pinned+recordLen], s.p.super.seed)
 	originals := d.clone(source.off, source.off+s.p.super.segSize)
 	for i := range 3 {
 		if i == 2 {
@@ -99,6 +106,9 @@ func TestInterruptedReclaim(t *testing.T) {
 		}
 		if _, off := position(s, key(2)); off == torn {
 			t.Fatal("a copy that is not whole counts")
+		}
+		if e, _ := s.lookup(key(3), 0); !e.pinned() {
+			t.Fatal("a pin is lost")
 		}
 		for i := range n {
 			mustGet(t, s, key(i), value(uint64(i), size(i)))

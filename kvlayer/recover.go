@@ -450,7 +450,7 @@ func (r *recovery) endMoves(sl *slot) error {
 		old, ok := m.s.index.get(m.e.key(), m.e.part(), 0)
 		if ok = ok && old.seq() == m.e.seq(); ok {
 			var err error
-			if ok, err = r.adopt(sl, m.e); err != nil {
+			if ok, err = r.adopt(sl, m.e, old.pinned()); err != nil {
 				return err
 			}
 		}
@@ -494,8 +494,8 @@ func (r *recovery) buryAll(sl *slot) error {
 	return nil
 }
 
-// adopt verifies a copy and has it no longer say that it is one.
-func (r *recovery) adopt(sl *slot, e entry) (ok bool, err error) {
+// adopt verifies a copy and has it no longer say that it is one. It is pinned as its original is.
+func (r *recovery) adopt(sl *slot, e entry, pinned bool) (ok bool, err error) {
 	g, off := r.segmentOf(e.block())
 	d := g.dev
 	g.meta.Lock()
@@ -517,7 +517,7 @@ func (r *recovery) adopt(sl *slot, e entry) (ok bool, err error) {
 	if ok, err = d.verify(&sl.op, d.copy.Data, off, partSize(rec.size, rec.part, r.super.extent), sums); !ok || err != nil {
 		return false, err
 	}
-	rec.from = 0
+	rec.from, rec.pinned = 0, pinned
 	for i := range g.log {
 		if g.log[i].off == off {
 			g.log[i] = rec
@@ -526,7 +526,10 @@ func (r *recovery) adopt(sl *slot, e entry) (ok bool, err error) {
 	if err := g.writeRecord(sl, rec, sums); err != nil {
 		return false, err
 	}
-	return true, g.amend(sl, off, func(entry []byte) { le.PutUint64(entry[24:], 0) })
+	return true, g.amend(sl, off, func(entry []byte) {
+		le.PutUint64(entry[24:], 0)
+		entry[43] = rec.flags()
+	})
 }
 
 // verify reads n bytes of data of the record at off and compares them with sums.
