@@ -330,6 +330,18 @@ func TestPin(t *testing.T) {
 	if err := s.Pin(key(3), true); !errors.Is(err, ErrNotFound) {
 		t.Fatal(err)
 	}
+	mustPut(t, s, key(4), value(4, size(4)))
+	part, _ := s.index.get(key(4), 1, 0)
+	_, head := position(s, key(4))
+	d.failing(func(o *uring.Op) error {
+		if o.Kind == uring.OpWrite && o.Off == head {
+			s.drop(part, reasonCapacity) // while it is being pinned
+		}
+		return nil
+	})
+	if err := s.Pin(key(4), true); !errors.Is(err, ErrNotFound) {
+		t.Fatalf("an evicted value is pinned: %v", err)
+	}
 }
 
 func TestTTL(t *testing.T) {

@@ -361,15 +361,16 @@ func (s *Store) Pin(k Key, on bool) error {
 				return err
 			}
 		}
-		// Its other parts may have been on their way out.
+		// Its other parts may have been on their way out, or be gone.
+		there := false
 		for _, e := range s.index.all(nil, k) {
 			g, _ := s.p.segmentOf(e.block())
 			g.meta.Lock() // who held it has evicted the value, or will see the pin
-			_, ok := s.lookup(k, 0)
+			_, there = s.lookup(k, 0)
 			g.meta.Unlock()
-			if !ok {
-				return ErrNotFound
-			}
+		}
+		if !there {
+			return ErrNotFound
 		}
 		return nil
 	}
