@@ -139,6 +139,58 @@ func TestInterruptedReclaim(t *testing.T) {
 	}
 }
 
+// TestUnreadable opens a store while a block cannot be read: what that hides stays away when it can be, be it a value that
+// was replaced and deleted meanwhile.
+func TestUnreadable(t *testing.T) {
+	for _, what := range []string{"record", "segment"} {
+		d, a := newDisk(4*mib), newArena(t)
+		s := open(t, d, a, never)
+		mustPut(t, s, key(0), value(0, 50_000))
+		first, _ := position(s, key(0))
+		n := 1
+		for g := first; g == first; n++ {
+			mustPut(t, s, key(n), value(1, 50_000))
+			g, _ = position(s, key(n))
+		}
+		mustPut(t, s, key(n), value(1, 50_000)) // the second that is not in the first segment
+		hides, bad := func(i int) bool { return i < n-1 }, first.off
+		if what == "record" {
+			hides = func(i int) bool { return i == n-1 }
+			_, bad = position(s, key(n-1))
+		}
+		look := func(when string) {
+			for i := range n + 1 {
+				if _, ok := s.Exist(key(i)); ok == hides(i) {
+					t.Errorf("%s, %s: key %d of %d is there: %v", what, when, i, n, ok)
+				}
+			}
+		}
+		s.Close()
+		d.failing(func(o *uring.Op) error {
+			if o.Kind == uring.OpRead && o.Off <= bad && bad < o.Off+int64(len(o.Data)) {
+				return uring.ErrMedia
+			}
+			return nil
+		})
+		s = open(t, d, a, never)
+		d.failing(nil)
+		look("unreadable")
+		for i := range n {
+			if !hides(i) {
+				continue
+			}
+			mustPut(t, s, key(i), value(2, 3000))
+			if _, err := s.Delete(key(i)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		s.Close()
+		s = open(t, d, a, never)
+		look("readable again")
+		s.Close()
+	}
+}
+
 // TestForged commits nothing behind a value that holds record headers of its
 // own making, so that a recovery looks at all its blocks.
 func TestForged(t *testing.T) {

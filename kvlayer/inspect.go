@@ -122,7 +122,7 @@ func (g *segment) inspect(op *uring.Op, buf []byte, verify bool) (InspectedSegme
 	}
 	if s.State = "sealed"; !sealed {
 		s.State, rs = "open", nil
-		if tail, err = g.scan(op, buf, func(r record) { rs = append(rs, r) }); err != nil {
+		if tail, _, err = g.scan(op, buf, func(r record) { rs = append(rs, r) }); err != nil {
 			return s, err
 		}
 	}

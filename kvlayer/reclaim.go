@@ -536,7 +536,7 @@ func (g *segment) liveRecords(op *uring.Op, buf []byte) ([]record, error) {
 	}
 	if !ok {
 		rs = rs[:0]
-		if _, err := g.scan(op, buf, func(r record) { rs = append(rs, r) }); err != nil {
+		if _, _, err := g.scan(op, buf, func(r record) { rs = append(rs, r) }); err != nil {
 			return nil, err
 		}
 	}

@@ -204,7 +204,8 @@ type recovery struct {
 	mu    sync.Mutex
 	used  map[uint64]bool // generations of segments in use
 	dead  []entry         // records that lost to another, and must not come back
-	torn  []*segment      // whose summary is damaged, or cannot be read today
+	torn  []place         // headers of segments and summaries that are damaged, or cannot be read today
+	gaps  []*segment      // of whose records some cannot be read today
 	moved []partRecord    // copies that reclaiming made of what is still in use
 	parts []partRecord    // other than the first of their values
 	seq   uint64
@@ -273,6 +274,9 @@ func (r *recovery) run(sl *slot) error {
 	if err := r.buryAll(sl); err != nil {
 		return fmt.Errorf("kvlayer: recovery: %w", err)
 	}
+	if err := r.sealGaps(sl); err != nil {
+		return fmt.Errorf("kvlayer: recovery: %w", err)
+	}
 	r.Pool.seq.Store(r.seq)
 	// The newest segment of each log goes on where it ended; others are sealed.
 	for _, d := range r.devs {
@@ -319,6 +323,9 @@ func (r *recovery) readHeader(g *segment, op *uring.Op, buf []byte) error {
 	if err != nil || !ok || h.id != r.super.id || h.member != d.member || h.index != g.index() || h.tenant >= maxTenants {
 		if err != nil || bytes.Equal(b[24:40], r.super.id[:]) {
 			r.log.Warn("segment header is damaged: its values are lost", "member", d.member, "segment", g.index(), "offset", g.off, "error", err)
+			r.mu.Lock()
+			r.torn = append(r.torn, place{seg: g, off: g.off})
+			r.mu.Unlock()
 		}
 		return nil
 	}
@@ -370,16 +377,22 @@ func (r *recovery) readRecords(g *segment, op *uring.Op, buf []byte) error {
 	} else {
 		if rs = nil; err != nil {
 			r.mu.Lock()
-			r.torn = append(r.torn, g)
+			r.torn = append(r.torn, place{seg: g, off: g.off + r.super.segSize - block})
 			r.mu.Unlock()
 		}
-		if g.tail, err = g.scan(op, buf, func(rec record) {
+		var gaps bool
+		if g.tail, gaps, err = g.scan(op, buf, func(rec record) {
 			g.records++
 			if rs = append(rs, rec); rec.kind == recordLive {
 				g.log = append(g.log, rec)
 			}
 		}); err != nil {
 			return err
+		}
+		if gaps {
+			r.mu.Lock()
+			r.gaps = append(r.gaps, g)
+			r.mu.Unlock()
 		}
 	}
 	for i := range rs {
@@ -426,17 +439,31 @@ func (r *recovery) genOf(e entry) uint64 {
 	return g.gen
 }
 
-// clearTorn erases the summaries that could not be read: from now on the segments' headers tell more.
+// clearTorn erases what could not be read: what it would say another day does not count. From now on the headers of its
+// records tell more than a summary, and without its own a segment has none.
 func (r *recovery) clearTorn(sl *slot) error {
-	for _, g := range r.torn {
-		off := g.off + r.super.segSize - block
-		b := g.dev.header(sl.mem, off)
+	for _, t := range r.torn {
+		d := t.seg.dev
+		b := d.header(sl.mem, t.off)
 		clear(b)
-		if err := g.dev.write(&sl.op, off, b); err != nil && !g.dev.lost.Load() {
+		if err := d.write(&sl.op, t.off, b); err != nil && !d.lost.Load() {
 			return err
 		}
 	}
 	if len(r.torn) == 0 {
+		return nil
+	}
+	return r.flushAll()
+}
+
+// sealGaps has summaries say what there is in segments that could not be read as a whole. The rest is not to show another day.
+func (r *recovery) sealGaps(sl *slot) error {
+	for _, g := range r.gaps {
+		if err := g.seal(&sl.op); err != nil && !g.dev.lost.Load() {
+			return err
+		}
+	}
+	if len(r.gaps) == 0 {
 		return nil
 	}
 	return r.flushAll()
@@ -642,8 +669,8 @@ func (g *segment) readSummary(op *uring.Op, buf []byte) (rs []record, tail int64
 // scan calls f for each live and dead record of g, in order. It goes from
 // header to header; where none is (a write that was never committed) it looks
 // at every block until the next one. tail is the end of the last record, relative
-// to the segment. Unreadable stretches are skipped.
-func (g *segment) scan(op *uring.Op, buf []byte, f func(record)) (tail int64, err error) {
+// to the segment. Stretches that cannot be read are skipped: gaps.
+func (g *segment) scan(op *uring.Op, buf []byte, f func(record)) (tail int64, gaps bool, err error) {
 	d, p := g.dev, g.dev.p
 	pos, end := g.off+block, g.off+p.super.segSize
 	var win []byte // what has been read, from at
@@ -657,10 +684,15 @@ func (g *segment) scan(op *uring.Op, buf []byte, f func(record)) (tail int64, er
 		if pos+block > at+int64(len(win)) {
 			n := min(max(ahead, block), end-pos)
 			if win, err = d.read(op, buf, pos, n); errors.Is(err, uring.ErrMedia) {
+				if n > block { // what lies around it may be read
+					win, ahead = nil, block
+					continue
+				}
 				p.log.Warn("cannot read part of a segment", "member", d.member, "offset", pos, "length", n, "error", err)
 				clear(win)
+				gaps = true
 			} else if err != nil {
-				return tail, err
+				return tail, gaps, err
 			}
 			at = pos
 		}
@@ -677,5 +709,5 @@ func (g *segment) scan(op *uring.Op, buf []byte, f func(record)) (tail int64, er
 			ahead = block // the next header is far
 		}
 	}
-	return tail, nil
+	return tail, gaps, nil
 }
