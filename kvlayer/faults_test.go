@@ -238,7 +238,7 @@ func (r *faultRun) damaged() bool {
 	return r.rotten || slices.ContainsFunc(r.plans, func(p *uringtest.Plan) bool { return p.Count() != uringtest.Count{} })
 }
 
-// open opens the store, after some attempts that are cut off or meet faults.
+// open opens the store, after some attempts that are cut off or meet faults. One that met faults may do, too.
 func (r *faultRun) open() {
 	for r.rnd.IntN(3) == 0 {
 		rates := uringtest.Rates{}
@@ -246,9 +246,17 @@ func (r *faultRun) open() {
 			rates = r.rates
 		}
 		r.meet(rates)
-		r.dev.CutAfter(1+r.rnd.IntN(40), r.power, r.rnd.Uint64())
-		if err := r.tryOpen(); err != nil && !r.dev.Off() && !r.damages() {
+		stay := r.rnd.IntN(2) == 0
+		if !stay {
+			r.dev.CutAfter(1+r.rnd.IntN(40), r.power, r.rnd.Uint64())
+		}
+		err := r.tryOpen()
+		if err != nil && !r.dev.Off() && !r.damages() {
 			r.Fatalf("open: %v", err)
+		}
+		if stay && err == nil {
+			r.meet(uringtest.Rates{})
+			return
 		}
 		r.end()
 	}
