@@ -528,7 +528,7 @@ func (r *recovery) adopt(sl *slot, e entry, pinned bool) (ok bool, err error) {
 	g.meta.Lock()
 	defer g.meta.Unlock()
 	defer func() {
-		if errors.Is(err, uring.ErrMedia) {
+		if err != nil && (errors.Is(err, uring.ErrMedia) || d.lost.Load()) {
 			ok, err = false, nil
 		}
 	}()
