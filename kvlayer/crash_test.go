@@ -54,6 +54,12 @@ func TestLostKills(t *testing.T) {
 // TestInterruptedReclaim stops after the copies were made, before their source was
 // free: the copies that are whole count, what was deleted stays deleted, and what is evicted later stays away.
 func TestInterruptedReclaim(t *testing.T) {
+	for _, sealed := range []bool{false, true} { // the segment with the copies, as earlier versions did
+		t.Run(fmt.Sprintf("sealed %v", sealed), func(t *testing.T) { testInterruptedReclaim(t, sealed) })
+	}
+}
+
+func testInterruptedReclaim(t *testing.T, sealed bool) {
 	d, a := newDisk(4*mib), newArena(t)
 	s := open(t, d, a, never)
 	size := func(n int) int {
@@ -83,6 +89,12 @@ func TestInterruptedReclaim(t *testing.T) {
 		t.Error("the segment was not cleaned")
 	}
 	s.p.mu.Unlock()
+	if sealed {
+		g, _ := s.p.segmentOf(moved[0].block())
+		if err := g.seal(new(uring.Op)); err != nil {
+			t.Fatal(err)
+		}
+	}
 	mem := d.clone(0, d.Size())
 	s.Close()
 	d.mem = mem
