@@ -61,7 +61,7 @@ func (c *Config) derive() {
 
 // Bounds of what can be configured.
 const (
-	minArena      = 8 << 20
+	minArena      = 16 << 20
 	maxArena      = 1 << 40
 	maxCNTLIDs    = 0xffef
 	maxDevices    = 64   // of a pool, in its life: kvlayer

@@ -379,9 +379,9 @@ func TestCleanDamaged(t *testing.T) {
 }
 
 func TestDeviceErrors(t *testing.T) {
-	d, a := newDisk(16*mib), newArena(t)
+	d, a := newDisk(64*mib), newArena(t)
 	s := open(t, d, a, never)
-	old := value(1, 300_000)
+	old := value(1, 1_200_000)
 	mustPut(t, s, key(1), old)
 	fail := func(kind uring.OpKind, skip int) {
 		d.failing(func(o *uring.Op) error {
@@ -396,7 +396,7 @@ func TestDeviceErrors(t *testing.T) {
 	for skip := range 3 { // data, data, header
 		fail(uring.OpWrite, skip)
 		before := s.p.devs[0].open[0][0].tail
-		if err := put(s, key(1), value(2, 300_000), StoreAlways); !errors.Is(err, uring.ErrMedia) {
+		if err := put(s, key(1), value(2, 1_200_000), StoreAlways); !errors.Is(err, uring.ErrMedia) {
 			t.Fatal(err)
 		}
 		if header := skip == 2; (s.p.devs[0].open[0][0].tail > before) != header {

@@ -79,7 +79,7 @@ func Inspect(dev uring.Device, verify bool, f func(InspectedSegment) error) (Ins
 	d.member = s.member
 	in := Inspection{Version: formatVersion, Pool: s.id, Generation: s.gen, Copies: len(supers), Member: s.member, Members: len(s.epochs),
 		Tenants: s.tenants, SegmentSize: s.segSize, Segments: s.segments, Extent: s.extent}
-	buf := aligned(uring.LargeBuf)
+	buf := aligned(uring.MediumBuf)
 	for i := range min(s.segments, segmentsOf(dev.Size(), s.segSize)) {
 		g := &segment{dev: d, off: dataStart + i*s.segSize}
 		seg, err := g.inspect(&op, buf, verify)

@@ -83,7 +83,7 @@ type slot struct {
 	mem []byte // a block
 }
 
-const headerSlots = uring.LargeBuf / block
+const headerSlots = uring.MediumBuf / block
 
 // OpenPool opens the pool that devs are the devices of, in any order. Devices whose first
 // 128 KiB are zero are formatted: all of them as a new pool, some of them as
@@ -91,7 +91,7 @@ const headerSlots = uring.LargeBuf / block
 // values, also should it come back later. Data that is not a pool of this version is ErrForeign.
 //
 // It rebuilds the index from the log. Devices must support blocks of 4096 bytes. Unless
-// they are memory the pool holds a large buffer of the arena, and one more for each device,
+// they are memory the pool holds a medium buffer of the arena, and one more for each device,
 // until Close. Neither devices nor arena are closed with the pool.
 func OpenPool(devs []uring.Device, arena *uring.Arena, o PoolOptions) (*Pool, error) {
 	p := &Pool{arena: arena, log: o.Log, mem: true, stop: make(chan struct{})}
@@ -129,7 +129,7 @@ func OpenPool(devs []uring.Device, arena *uring.Arena, o PoolOptions) (*Pool, er
 	return p, nil
 }
 
-// Buffers is how many large arena buffers a pool of n devices that are not memory holds.
+// Buffers is how many medium arena buffers a pool of n devices that are not memory holds.
 func Buffers(n int) int { return 1 + n }
 
 func (p *Pool) takeBuffers() error {
@@ -142,7 +142,7 @@ func (p *Pool) takeBuffers() error {
 	}
 	take := func(b *uring.Buf) (ok bool) {
 		for range 1000 { // a busy arena frees some soon
-			if *b, ok = p.arena.TryGet(uring.LargeBuf); ok {
+			if *b, ok = p.arena.TryGet(uring.MediumBuf); ok {
 				break
 			}
 			time.Sleep(time.Millisecond)

@@ -250,13 +250,19 @@ func (r *Reader) start(must bool) {
 	for r.n < window && r.started < r.last {
 		want := min(uring.LargeBuf-r.started%uring.LargeBuf, r.last-r.started, p.super.extent-r.started%p.super.extent)
 		t := &r.slots[(r.head+r.n)%window]
+		// The buffer is as if the piece began where a large one does: whoever reserves memory need not know more.
+		size := int(roundUp(want) + r.started%uring.LargeBuf)
+		if r.started+want < r.last {
+			size = uring.LargeBuf
+		}
 		var ok bool
-		if t.buf, ok = p.arena.TryGet(int(roundUp(want))); !ok {
+		if t.buf, ok = p.arena.TryGet(size); !ok {
 			if !must || r.n > 0 {
 				break
 			}
-			t.buf = p.arena.Get(int(roundUp(want)))
+			t.buf = p.arena.Get(size)
 		}
+		t.buf.Data = t.buf.Data[:roundUp(want)]
 		t.dev, t.op.Off = r.at(r.started)
 		t.op.Kind, t.op.Data, t.op.Placement = uring.OpRead, t.buf.Data, 0
 		t.busy = true
@@ -267,7 +273,7 @@ func (r *Reader) start(must bool) {
 	r.batch.Submit()
 }
 
-// Next returns the next piece of the value, verified, in order: up to 256 KiB
+// Next returns the next piece of the value, verified, in order: up to 1 MiB
 // in an arena buffer, which the caller Puts, or up to 1 MiB of a memory
 // device's own memory, valid until Close. io.EOF follows the last one. After
 // ErrCorrupt or a device error only Close is left.

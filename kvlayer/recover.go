@@ -231,7 +231,7 @@ func (r *recovery) each(f func(g *segment, op *uring.Op, buf []byte) error) erro
 			var more uring.Buf
 			if w > 0 && !r.mem {
 				var ok bool
-				if more, ok = r.arena.TryGet(uring.LargeBuf); !ok {
+				if more, ok = r.arena.TryGet(uring.MediumBuf); !ok {
 					break
 				}
 				buf = more.Data

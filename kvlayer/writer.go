@@ -10,8 +10,8 @@ import (
 )
 
 // window is how many device operations of one value are in flight at most:
-// 2 MiB of read-ahead or write-behind.
-const window = 8
+// 4 MiB of read-ahead or write-behind.
+const window = 4
 
 // lookahead is how many buffers of a value that is stored may be filled at a time.
 const lookahead = 4
@@ -360,7 +360,13 @@ func (w *Writer) Ahead(off, max int) []byte {
 		if i > 0 { // w holds no more than window and one buffers
 			w.wait(&w.slots[(w.next+i-1)%window])
 		}
-		w.pieces[i] = w.s.p.arena.Get(int(min(uring.LargeBuf, roundUp(w.size-at), e-at%e)))
+		n, size := min(uring.LargeBuf, w.size-at, e-at%e), uring.LargeBuf // also for a part of it, as in Reader.start
+		if at+n == w.size {
+			size = int(roundUp(n))
+		}
+		b := w.s.p.arena.Get(size)
+		b.Data = b.Data[:roundUp(n)]
+		w.pieces[i] = b
 		w.coming++
 	}
 	b := w.pieces[i].Data[at-base:]

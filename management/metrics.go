@@ -106,10 +106,13 @@ func writeMetrics(b *bytes.Buffer, s target.Status) {
 	f = newFamily(b, "kvof_arena_buffers", "gauge", "Payload buffers by class and state.")
 	f.sample(float64(s.Arena.Small.Used), "class", "small", "state", "used")
 	f.sample(float64(s.Arena.Small.Free), "class", "small", "state", "free")
+	f.sample(float64(s.Arena.Medium.Used), "class", "medium", "state", "used")
+	f.sample(float64(s.Arena.Medium.Free), "class", "medium", "state", "free")
 	f.sample(float64(s.Arena.Large.Used), "class", "large", "state", "used")
 	f.sample(float64(s.Arena.Large.Free), "class", "large", "state", "free")
 	f = newFamily(b, "kvof_arena_waits_total", "counter", "Times that a command waited for a payload buffer.")
 	f.sample(float64(s.Arena.Small.Waits), "class", "small")
+	f.sample(float64(s.Arena.Medium.Waits), "class", "medium")
 	f.sample(float64(s.Arena.Large.Waits), "class", "large")
 
 	processMetrics(b)

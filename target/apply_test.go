@@ -26,7 +26,7 @@ func store(key string, size uint32) (c nvmeof.Command) {
 
 // A namespace goes when its last command is over; hosts get no new command in meanwhile.
 func TestRemoveBusyNamespace(t *testing.T) {
-	tg, _ := newTarget(t, 8<<20, serving(configs.Namespace{NSID: 1, Type: configs.KeyValue, Device: configs.DeviceFile, Path: t.TempDir() + "/kv", Size: 64 << 20, MaxValue: 4 << 20}))
+	tg, _ := newTarget(t, 16<<20, serving(configs.Namespace{NSID: 1, Type: configs.KeyValue, Device: configs.DeviceFile, Path: t.TempDir() + "/kv", Size: 64 << 20, MaxValue: 4 << 20}))
 	_, io := ready(t, tg, testNQN)
 	x := io.start(store("key", 100000), 100000, make([]byte, 100000), false, &command{hold: true})
 	for pulled := false; !pulled; time.Sleep(time.Millisecond) {
@@ -58,7 +58,7 @@ func TestRemoveBusyNamespace(t *testing.T) {
 func TestEndWhilePulling(t *testing.T) {
 	for _, device := range []configs.DeviceKind{configs.DeviceMemory, configs.DeviceFile} {
 		t.Run(string(device), func(t *testing.T) {
-			tg, arena := newTarget(t, 8<<20, serving(configs.Namespace{NSID: 1, Type: configs.KeyValue, Device: device, Path: t.TempDir() + "/kv", Size: 64 << 20, MaxValue: 4 << 20}))
+			tg, arena := newTarget(t, 16<<20, serving(configs.Namespace{NSID: 1, Type: configs.KeyValue, Device: device, Path: t.TempDir() + "/kv", Size: 64 << 20, MaxValue: 4 << 20}))
 			idle := arena.Stats()
 			admin, io := ready(t, tg, testNQN)
 			for range 20 {
@@ -66,7 +66,7 @@ func TestEndWhilePulling(t *testing.T) {
 			}
 			admin.end()
 			await(t, io.gone, "end of the I/O queue")
-			if s := arena.Stats(); s.Large.Used != idle.Large.Used || s.Small.Used != idle.Small.Used {
+			if s := arena.Stats(); s.Used() != idle.Used() {
 				t.Errorf("in use: %+v, before %+v", s, idle)
 			}
 			if n := len(tg.Status().Controllers); n > 0 {
@@ -91,7 +91,7 @@ func TestPoolGrows(t *testing.T) {
 		}
 		return c
 	}
-	tg, _ := newTarget(t, 8<<20, config("/a"))
+	tg, _ := newTarget(t, 16<<20, config("/a"))
 	_, io := ready(t, tg, testNQN)
 	if st := io.do(store("key", 100000), 100000, make([]byte, 100000), false).cqe.Status(); st != nvmeof.Success {
 		t.Fatal(st)

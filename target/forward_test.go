@@ -105,7 +105,7 @@ func TestForward(t *testing.T) {
 		{"read", command(nvmeof.OpRead, 3, fuaLR|7), 4096, nil, 0, []string{"read 1536+4096 0xc000"}, nil},
 		{"read past the end", command(nvmeof.OpRead, blocks-1, 1), 1024, nil, nvmeof.LBAOutOfRange, nil, nil},
 		{"write", command(nvmeof.OpWrite, 0, 1<<30|1), 0, bytes.Repeat([]byte{7}, 1024), 0, []string{"write 0+1024 0x4000"}, nil},
-		{"write in pieces", command(nvmeof.OpWrite, 0, 1023), 0, make([]byte, 512<<10), 0, []string{"write 0+262144 0x0", "write 262144+262144 0x0"}, nil},
+		{"write in pieces", command(nvmeof.OpWrite, 0, 3071), 0, make([]byte, 1536<<10), 0, []string{"write 0+1048576 0x0", "write 1048576+524288 0x0"}, nil},
 		{"compare", command(nvmeof.OpCompare, 0, 0), 0, make([]byte, 512), 0, []string{"compare 0+512 0x0"}, []string{"read 0+512 0x0"}},
 		{"compare others", command(nvmeof.OpCompare, 0, 0), 0, bytes.Repeat([]byte{9}, 512), nvmeof.CompareFailure, []string{"compare 0+512 0x0"}, []string{"read 0+512 0x0"}},
 		{"zeroes", command(nvmeof.OpWriteZeroes, 8, deac|7), 0, nil, 0, []string{"zero 4096+4096 0x200"}, nil},
@@ -119,7 +119,7 @@ func TestForward(t *testing.T) {
 		{"copy in another format", command(nvmeof.OpCopy, 100, 1<<8), 0, list(32, 2, 0), nvmeof.InvalidField, nil, []string{}},
 	} {
 		for _, oncs := range []uint16{all, 0} {
-			tg, _ := newTarget(t, 8<<20, serving(configs.Namespace{NSID: 1, Type: configs.Block, Device: configs.DeviceMemory, Size: blocks * 512, LBASize: 512}))
+			tg, _ := newTarget(t, 16<<20, serving(configs.Namespace{NSID: 1, Type: configs.Block, Device: configs.DeviceMemory, Size: blocks * 512, LBASize: 512}))
 			d := &testDrive{}
 			drive := &uring.Drive{LBASize: 512, Scattered: 128 << 10, Controller: nvmeof.IdentifyController{ONCS: oncs}}
 			tg.PutDrive(testNQN, 1, drive, func(dev uring.Device) uring.Device { d.Device = dev; return d })
@@ -147,7 +147,7 @@ func TestForward(t *testing.T) {
 
 // TestDriveIdentify wants the drive's own limits handed on, as far as they stay true.
 func TestDriveIdentify(t *testing.T) {
-	tg, _ := newTarget(t, 8<<20, serving(configs.Namespace{NSID: 1, Type: configs.Block, Device: configs.DeviceMemory, Size: 1 << 20, LBASize: 4096}))
+	tg, _ := newTarget(t, 16<<20, serving(configs.Namespace{NSID: 1, Type: configs.Block, Device: configs.DeviceMemory, Size: 1 << 20, LBASize: 4096}))
 	admin, _ := ready(t, tg, testNQN)
 	identify := func() (k nvmeof.IdentifyController, n nvmeof.IdentifyNamespace) {
 		if err := errors.Join(k.Decode(admin.do(nvmeof.MakeIdentify(nvmeof.CNSController, 0, 0), 4096, nil, false).out),

@@ -72,7 +72,7 @@ func FuzzCommand(f *testing.F) {
 		configs.Namespace{NSID: 3, Type: configs.KeyValue, Device: configs.DeviceFile, Path: dir + "/kv", Size: 64 << 20, MaxValue: 8 << 20},
 		configs.Namespace{NSID: 4, Type: configs.Block, Device: configs.DeviceFile, Path: dir + "/block", Size: 1 << 20, LBASize: 4096},
 	))
-	used := func() int { s := arena.Stats(); return s.Small.Used + s.Large.Used }
+	used := func() int { return arena.Stats().Used() }
 	idle := used() + 2 // each block namespace keeps the buffer of its first Compare
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if len(b) > 64<<10 {
@@ -131,13 +131,13 @@ func (c *fakeConn) closed() bool {
 	return c.over
 }
 
-// TestReads: whole pieces of 128 KiB, from the beginning of a buffer of 256 KiB on, up to the value's end.
+// TestReads: whole pieces of 128 KiB, from the beginning of a buffer of 1 MiB on, up to the value's end.
 func TestReads(t *testing.T) {
 	const kib = 1 << 10
 	for _, x := range []struct{ size, offset, limit, want int64 }{
 		{0, 0, 4096, 0}, {100, 0, 4096, 100}, {100, 0, 0, 0}, {100, 100, 4096, 0}, {100, 1<<32 - 4, 1<<32 - 1, 0},
 		{2048 * kib, 0, 48, 128 * kib}, {2048 * kib, 0, 256*kib + 4, 384 * kib}, {2048 * kib, 0, 1<<32 - 1, 2048 * kib},
-		{2048 * kib, 128 * kib, 4, 256 * kib}, {2048 * kib, 256*kib + 4, 128 * kib, 256 * kib}, {2048*kib + 4, 2048 * kib, 4096, 4},
+		{2048 * kib, 128 * kib, 4, 256 * kib}, {2048 * kib, 256*kib + 4, 128 * kib, 512 * kib}, {2048 * kib, 1024*kib + 4, 128 * kib, 256 * kib}, {2048*kib + 4, 2048 * kib, 4096, 4},
 	} {
 		if got := target.Reads(x.size, x.offset, x.limit); got != x.want {
 			t.Errorf("%+v: %d", x, got)

@@ -178,7 +178,7 @@ func remove(r *Request) {
 
 // list answers with the keys from the start key on that fit the host's buffer, or one arena buffer.
 func list(r *Request) {
-	n := int(min(r.Cmd.KVSize(), uring.LargeBuf))
+	n := int(min(r.Cmd.KVSize(), uring.MediumBuf))
 	if n < 4 { // not even the number of keys fits
 		r.complete(nvmeof.Success, 0)
 		return

@@ -33,7 +33,7 @@ type namespace struct {
 	shadow shadow
 	disks  []*disk // all devices, those of its pool
 	pool   *pool
-	own    int64 // large buffers of the arena that are its own
+	own    int64 // medium buffers of the arena that are its own
 }
 
 // openNamespace opens the device and, for a Key Value namespace, the store on it.

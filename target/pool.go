@@ -13,17 +13,19 @@ import (
 // pool promises the arena's buffers. A command is promised all that it will hold at one time before it asks its host for
 // data or reads its first byte, so nobody who holds a buffer, and no connection's reader, ever waits for another.
 type pool struct {
-	storages     storages // of Key Value namespaces
-	large, small *semaphore.Weighted
-	inline       *semaphore.Weighted // of two small buffers each, for commands whose data came in the capsule
-	spare        int64               // large buffers that namespaces may still take for good
-	memories     memories
+	storages             storages // of Key Value namespaces
+	large, medium, small *semaphore.Weighted
+	inline               *semaphore.Weighted // of two small buffers each, for commands whose data came in the capsule
+	spare                int64               // medium buffers that namespaces may still take for good
+	memories             memories
 }
 
 // hold is what a command, or a namespace, has been promised: buffers of each class.
-type hold struct{ large, small int64 }
+type hold struct{ large, medium, small int64 }
 
-func (h hold) bytes() int { return int(h.large*uring.LargeBuf + h.small*uring.SmallBuf) }
+func (h hold) bytes() int {
+	return int(h.large*uring.LargeBuf + h.medium*uring.MediumBuf + h.small*uring.SmallBuf)
+}
 
 // The most large buffers that one command holds: those at the device, and the one being filled or those being sent.
 const (
@@ -32,14 +34,16 @@ const (
 )
 
 // sendWindow is how many pieces of one command's data wait for the host to take them.
-const sendWindow = 4
+const sendWindow = 2
 
-// holdFor is what a command holds that moves n bytes through at most so many large buffers. The last piece may be small.
+// holdFor is what a command holds that moves n bytes through at most so many large buffers. The last piece may be smaller.
 func holdFor(n, most int64) hold {
 	h := hold{large: n / uring.LargeBuf}
 	switch rest := n % uring.LargeBuf; {
-	case rest > uring.SmallBuf:
+	case rest > uring.MediumBuf:
 		h.large++
+	case rest > uring.SmallBuf:
+		h.medium = 1
 	case rest > 0:
 		h.small = 1
 	}
@@ -49,9 +53,10 @@ func holdFor(n, most int64) hold {
 
 func newPool(arena *uring.Arena) *pool {
 	s := arena.Stats()
-	large, small := int64(s.Large.Free+s.Large.Used), int64(s.Small.Free+s.Small.Used)
-	p := &pool{large: semaphore.NewWeighted(large), small: semaphore.NewWeighted(small / 2), inline: semaphore.NewWeighted(small / 4),
-		spare: large - readHold}
+	count := func(c uring.ClassStats) int64 { return int64(c.Free + c.Used) }
+	small, medium := count(s.Small), count(s.Medium)
+	p := &pool{large: semaphore.NewWeighted(count(s.Large)), medium: semaphore.NewWeighted(medium), small: semaphore.NewWeighted(small / 2),
+		inline: semaphore.NewWeighted(small / 4), spare: medium - 1}
 	p.memories.add(payload{b: arena.Memory()})
 	return p
 }
@@ -60,6 +65,9 @@ func newPool(arena *uring.Arena) *pool {
 func (p *pool) take(h hold) {
 	if h.large > 0 {
 		_ = p.large.Acquire(context.Background(), h.large)
+	}
+	if h.medium > 0 {
+		_ = p.medium.Acquire(context.Background(), h.medium)
 	}
 	if h.small > 0 {
 		_ = p.small.Acquire(context.Background(), h.small)
@@ -71,8 +79,13 @@ func (p *pool) tryTake(h hold) bool {
 	if h.large > 0 && !p.large.TryAcquire(h.large) {
 		return false
 	}
+	if h.medium > 0 && !p.medium.TryAcquire(h.medium) {
+		p.large.Release(h.large)
+		return false
+	}
 	if h.small > 0 && !p.small.TryAcquire(h.small) {
 		p.large.Release(h.large)
+		p.medium.Release(h.medium)
 		return false
 	}
 	return true
@@ -80,14 +93,15 @@ func (p *pool) tryTake(h hold) bool {
 
 func (p *pool) give(h hold) {
 	p.large.Release(h.large)
+	p.medium.Release(h.medium)
 	p.small.Release(h.small)
 }
 
-// takeForGood gives a namespace n large buffers for as long as it is open; enough stay for the largest command.
+// takeForGood gives a namespace n medium buffers for as long as it is open; enough stay for the largest command.
 func (p *pool) takeForGood(n int64) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	if n > p.spare || p.large.Acquire(ctx, n) != nil {
+	if n > p.spare || p.medium.Acquire(ctx, n) != nil {
 		return fmt.Errorf("the buffer arena is used up: make memory.arena larger")
 	}
 	p.spare -= n
@@ -96,5 +110,5 @@ func (p *pool) takeForGood(n int64) error {
 
 func (p *pool) giveForGood(n int64) {
 	p.spare += n
-	p.large.Release(n)
+	p.medium.Release(n)
 }

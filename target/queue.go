@@ -10,7 +10,7 @@ import (
 )
 
 // queueBudget bounds the arena bytes that one queue's commands hold at one time, so that no host takes it all.
-const queueBudget = 16 << 20
+const queueBudget = 32 << 20
 
 // maxRequests is how many requests a queue can tell apart by their tags.
 const maxRequests = 1 << 16

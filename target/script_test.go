@@ -140,7 +140,7 @@ func (s *script) run(t *testing.T, d *datadriven.TestData) string {
 			d.Fatalf(t, "%v", err)
 		}
 		if s.target == nil {
-			if s.arena, err = uring.NewArena(8 << 20); err != nil {
+			if s.arena, err = uring.NewArena(16 << 20); err != nil {
 				t.Fatal(err)
 			}
 			s.target = target.New(s.arena, cfg.Limits, discard)

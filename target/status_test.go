@@ -37,7 +37,7 @@ const statusNQN = "nqn.2026-11.dev.kvof:status"
 // statusTarget serves a Key Value namespace in memory and a block namespace on a file; namespace 3 cannot be opened.
 func statusTarget(t *testing.T) (*Target, error) {
 	t.Helper()
-	arena, err := uring.NewArena(8 << 20)
+	arena, err := uring.NewArena(16 << 20)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -123,7 +123,7 @@ func TestStatus(t *testing.T) {
 	if len(s.Ports) != 1 || s.Ports[0] != (PortStatus{ID: 1, Transport: "tcp", Address: "127.0.0.1:4420"}) {
 		t.Errorf("ports: %+v", s.Ports)
 	}
-	if s.Kernel.Kernel == "" || s.Arena.Size != 8<<20 || s.Uptime <= 0 {
+	if s.Kernel.Kernel == "" || s.Arena.Size != 16<<20 || s.Uptime <= 0 {
 		t.Errorf("kernel %+v, arena %+v, uptime %v", s.Kernel, s.Arena, s.Uptime)
 	}
 	ns := s.Subsystems[0].Namespaces

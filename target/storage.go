@@ -21,7 +21,7 @@ type storage struct {
 	disks  []*disk // devs
 	pool   *kvlayer.Pool
 	memory bool  // all devices are memory: commands never wait for them
-	own    int64 // large buffers of the arena that are its own
+	own    int64 // medium buffers of the arena that are its own
 	users  int   // namespaces; only Apply and Close change it
 }
 

@@ -8,16 +8,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The two buffer sizes of an arena, in bytes. Buffers start on a multiple of
+// The buffer sizes of an arena, in bytes. Buffers start on a multiple of
 // their size, so they are page aligned and fit any direct I/O.
 const (
-	SmallBuf = 16 << 10
-	LargeBuf = 256 << 10
+	SmallBuf  = 16 << 10
+	MediumBuf = 256 << 10
+	LargeBuf  = 1 << 20
 )
 
 const hugePage = 2 << 20
 
-// Arena is one mapping off the Go heap, carved into small and large buffers.
+// Arena is one mapping off the Go heap, carved into buffers of three sizes.
 // Memory is touched only as buffers come into use, lowest addresses first.
 // All methods may be called from any goroutine.
 type Arena struct {
@@ -25,6 +26,7 @@ type Arena struct {
 	mem     []byte // the part of mapping that starts on a huge page
 	huge    bool
 	large   class
+	medium  class
 	small   class
 }
 
@@ -60,7 +62,7 @@ type Buf struct {
 func View(b []byte) Buf { return Buf{Data: b} }
 
 // NewArena maps size bytes, rounded up to 2 MiB: about one eighth for small
-// buffers, the rest for large ones. It takes huge pages (MAP_HUGETLB) when the
+// buffers, a quarter for medium ones, the rest for large ones. It takes huge pages (MAP_HUGETLB) when the
 // system has set enough aside, and normal pages otherwise, advising
 // transparent huge pages.
 func NewArena(size int) (*Arena, error) {
@@ -85,9 +87,11 @@ func NewArena(size int) (*Arena, error) {
 	}
 	_ = unix.Madvise(a.mem, unix.MADV_DONTDUMP) // payload has no place in a core file
 
-	cut := size - roundUp(size/8, LargeBuf)
-	a.large.init(a.mem[:cut], LargeBuf)
-	a.small.init(a.mem[cut:], SmallBuf)
+	small := roundUp(size/8, MediumBuf)
+	large := (size - small - size/4) &^ (LargeBuf - 1)
+	a.large.init(a.mem[:large], LargeBuf)
+	a.medium.init(a.mem[large:size-small], MediumBuf)
+	a.small.init(a.mem[size-small:], SmallBuf)
 	return a, nil
 }
 
@@ -107,6 +111,8 @@ func (a *Arena) class(n int) *class {
 		panic(fmt.Sprintf("uring: no arena buffer has %d bytes", n))
 	case n <= SmallBuf:
 		return &a.small
+	case n <= MediumBuf:
+		return &a.medium
 	default:
 		return &a.large
 	}
@@ -198,10 +204,13 @@ func (a *Arena) Memory() []byte { return a.mem }
 
 // ArenaStats describes an arena.
 type ArenaStats struct {
-	Size         int64 // bytes
-	HugePages    bool  // MAP_HUGETLB was granted
-	Small, Large ClassStats
+	Size                 int64 // bytes
+	HugePages            bool  // MAP_HUGETLB was granted
+	Small, Medium, Large ClassStats
 }
+
+// Used is how many buffers are out.
+func (s ArenaStats) Used() int { return s.Small.Used + s.Medium.Used + s.Large.Used }
 
 // ClassStats counts the buffers of one size.
 type ClassStats struct {
@@ -211,7 +220,7 @@ type ClassStats struct {
 
 // Stats returns the arena's present state.
 func (a *Arena) Stats() ArenaStats {
-	return ArenaStats{Size: int64(len(a.mem)), HugePages: a.huge, Small: a.small.stats(), Large: a.large.stats()}
+	return ArenaStats{Size: int64(len(a.mem)), HugePages: a.huge, Small: a.small.stats(), Medium: a.medium.stats(), Large: a.large.stats()}
 }
 
 func (c *class) stats() ClassStats {
@@ -223,12 +232,12 @@ func (c *class) stats() ClassStats {
 // Close unmaps the arena. Devices that registered it are closed before, and
 // every buffer is back: else it fails and the arena stays.
 func (a *Arena) Close() error {
-	if s := a.Stats(); s.Small.Used+s.Large.Used > 0 {
-		return fmt.Errorf("uring: arena closed with %d buffers still out", s.Small.Used+s.Large.Used)
+	if n := a.Stats().Used(); n > 0 {
+		return fmt.Errorf("uring: arena closed with %d buffers still out", n)
 	}
 	m := a.mapping
 	a.mapping, a.mem = nil, nil
-	a.small.free, a.large.free = nil, nil
+	a.small.free, a.medium.free, a.large.free = nil, nil, nil
 	if m == nil {
 		return nil
 	}

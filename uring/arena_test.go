@@ -24,13 +24,13 @@ func TestArenaLayout(t *testing.T) {
 		t.Run(fmt.Sprint(size), func(t *testing.T) {
 			a := newArena(t, size)
 			s := a.Stats()
-			if want := roundUp(size, hugePage); s.Size != int64(want) || s.Small.Free*SmallBuf+s.Large.Free*LargeBuf != want {
+			if want := roundUp(size, hugePage); s.Size != int64(want) || s.Small.Free*SmallBuf+s.Medium.Free*MediumBuf+s.Large.Free*LargeBuf != want {
 				t.Fatalf("%d bytes asked: %+v does not cover %d", size, s, want)
 			}
 			if share := float64(s.Small.Free*SmallBuf) / float64(s.Size); share < 0.12 || share > 0.2 {
 				t.Errorf("small buffers have %.2f of the arena", share)
 			}
-			for _, n := range []int{SmallBuf, LargeBuf} {
+			for _, n := range []int{SmallBuf, MediumBuf, LargeBuf} {
 				seen := map[uintptr]bool{}
 				for {
 					b, ok := a.TryGet(n)
@@ -45,7 +45,7 @@ func TestArenaLayout(t *testing.T) {
 					seen[p] = true
 				}
 			}
-			if s := a.Stats(); s.Small.Free+s.Large.Free != 0 {
+			if s := a.Stats(); s.Small.Free+s.Medium.Free+s.Large.Free != 0 || s.Large.Used == 0 {
 				t.Errorf("after taking all: %+v", s)
 			}
 		})
@@ -54,7 +54,7 @@ func TestArenaLayout(t *testing.T) {
 
 func TestArenaGet(t *testing.T) {
 	a := newArena(t, 2<<20)
-	for _, c := range []struct{ n, size int }{{0, SmallBuf}, {1, SmallBuf}, {SmallBuf, SmallBuf}, {SmallBuf + 1, LargeBuf}, {LargeBuf, LargeBuf}} {
+	for _, c := range []struct{ n, size int }{{0, SmallBuf}, {1, SmallBuf}, {SmallBuf, SmallBuf}, {SmallBuf + 1, MediumBuf}, {MediumBuf, MediumBuf}, {MediumBuf + 1, LargeBuf}, {LargeBuf, LargeBuf}} {
 		b := a.Get(c.n)
 		if len(b.Data) != c.n || cap(b.Data) != c.size {
 			t.Errorf("Get(%d) has length %d of %d, want %d", c.n, len(b.Data), cap(b.Data), c.size)

@@ -105,13 +105,16 @@ func OpenNVMe(path string, o NVMeOptions) (*NVMe, error) {
 
 // startNVMe makes the device and sees whether registered buffers work: before Linux 6.12 not as parts of something large.
 func startNVMe(n node, drive *Drive, o NVMeOptions, ring func(depth, flags uint32) (queues, []string, error)) (*NVMe, error) {
-	small := min(LargeBuf, 1<<(bits.Len64(uint64(drive.Scattered))-1))
+	small := min(MediumBuf, 1<<(bits.Len64(uint64(drive.Scattered))-1))
 	for _, chunk := range []int{minChunk, small} {
 		d, err := newNVMe(n, drive, o, chunk, ring)
 		if err != nil {
 			return nil, err
 		}
 		if err = d.probe(); err == nil && (!d.unfixed || chunk == small) {
+			if chunk == small && !d.unfixed { // a command has its memory in one registered buffer
+				d.limit = min(d.limit, int64(small))
+			}
 			return d, nil
 		}
 		d.end()
@@ -128,13 +131,13 @@ func (d *NVMe) probe() error {
 	if d.arena == nil {
 		return nil
 	}
-	b, ok := d.arena.TryGet(LargeBuf)
+	b, ok := d.arena.TryGet(MediumBuf)
 	if !ok {
 		return nil
 	}
 	defer b.Put()
 	for range 2 {
-		o := Op{Data: b.Data[:min(LargeBuf, d.size)]}
+		o := Op{Data: b.Data[:min(MediumBuf, d.size)]}
 		if err := o.Do(d); errors.Is(err, ErrUnavailable) || errors.Is(err, ErrGone) {
 			return err // what else is wrong is for the user of the blocks
 		}

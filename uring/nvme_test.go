@@ -231,7 +231,7 @@ func TestRegisteredPassthrough(t *testing.T) {
 	for _, c := range []struct {
 		fixable, chunk int
 		fixed          bool
-	}{{0, minChunk, true}, {LargeBuf, LargeBuf, true}, {128 << 10, 128 << 10, true}, {4096, LargeBuf, false}} {
+	}{{0, minChunk, true}, {MediumBuf, MediumBuf, true}, {128 << 10, 128 << 10, true}, {4096, MediumBuf, false}} {
 		f := newFakeDrive(t, 512)
 		f.limit, f.scattered = int64(c.chunk), int64(c.chunk)
 		f.fixable = c.fixable

@@ -67,7 +67,7 @@ func devices(t *testing.T, f func(t *testing.T, d Device, a *Arena)) {
 	}
 	for name, open := range open {
 		t.Run(name, func(t *testing.T) {
-			a := newArena(t, 4<<20)
+			a := newArena(t, 16<<20)
 			d, err := open(t, a)
 			if err != nil {
 				t.Fatal(err)

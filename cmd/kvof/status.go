@@ -139,9 +139,9 @@ func statusPage(s *target.Status, state string, now time.Time) string {
 	if s.Arena.HugePages {
 		pages = "huge pages"
 	}
-	small, large := s.Arena.Small, s.Arena.Large
-	fmt.Fprintf(&b, "arena of %s in %s: %d of %d small and %d of %d large buffers in use, %d waits\n", humanize.IBytes(uint64(s.Arena.Size)), pages,
-		small.Used, small.Used+small.Free, large.Used, large.Used+large.Free, small.Waits+large.Waits)
+	small, medium, large := s.Arena.Small, s.Arena.Medium, s.Arena.Large
+	fmt.Fprintf(&b, "arena of %s in %s: %d of %d small, %d of %d medium and %d of %d large buffers in use, %d waits\n", humanize.IBytes(uint64(s.Arena.Size)), pages,
+		small.Used, small.Used+small.Free, medium.Used, medium.Used+medium.Free, large.Used, large.Used+large.Free, small.Waits+medium.Waits+large.Waits)
 
 	w := newTable(&b, "\nPORT\tTRANSPORT\tADDRESS\tSERVES")
 	for _, p := range s.Ports {

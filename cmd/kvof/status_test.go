@@ -31,7 +31,7 @@ func (statusSource) Status() target.Status {
 		Uptime: 3723,
 		Ports:  []target.PortStatus{{ID: 1, Transport: "tcp", Address: "127.0.0.1:4420"}, {ID: 2, Transport: "tcp", Address: "127.0.0.1:8009", Discovery: true}},
 		Kernel: uring.Features{Kernel: "6.12.1", IOURing: true, MemLock: 8 << 20},
-		Arena:  uring.ArenaStats{Size: 256 << 20, Small: uring.ClassStats{Free: 2047, Used: 1}, Large: uring.ClassStats{Free: 896, Waits: 2}},
+		Arena:  uring.ArenaStats{Size: 256 << 20, Small: uring.ClassStats{Free: 2047, Used: 1}, Medium: uring.ClassStats{Free: 254, Used: 2}, Large: uring.ClassStats{Free: 160, Waits: 2}},
 		Subsystems: []target.SubsystemStatus{{NQN: "nqn.2026-11.dev.kvof:embedded", AllowAnyHost: true, Namespaces: []target.NamespaceStatus{
 			{NSID: 1, Type: configs.KeyValue, State: target.NamespaceServed, Used: 4 << 30, Capacity: 16 << 30, Store: &target.StoreStatus{Keys: 2048, Pool: "fast", Eviction: "clock", Hits: 1200, Misses: 30, Written: 5 << 30,
 				WriteAmplification: 1.25, Evictions: map[string]uint64{"capacity": 10, "lost": 2}, EvictionAge: target.EvictionAges{Sum: 36000}, IndexBytes: 1 << 20, Corrupt: 1},
@@ -65,7 +65,7 @@ func serveStatus(t *testing.T, src management.Source) (socket string) {
 func TestStatusPage(t *testing.T) {
 	const want = `kvof v1.2.3: ready, up 1h2m3s
 Linux 6.12.1, io_uring, memlock limit 8.0 MiB
-arena of 256 MiB in normal pages: 1 of 2048 small and 0 of 896 large buffers in use, 2 waits
+arena of 256 MiB in normal pages: 1 of 2048 small, 2 of 256 medium and 0 of 160 large buffers in use, 2 waits
 
 PORT  TRANSPORT  ADDRESS         SERVES
 1     tcp        127.0.0.1:4420  all subsystems

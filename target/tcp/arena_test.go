@@ -15,7 +15,7 @@ import (
 func TestSmallArena(t *testing.T) {
 	const conns, depth, rounds = 8, 16, 4
 	dir := t.TempDir()
-	e := serve(t, 8<<20, kv(1, configs.DeviceFile, dir, 512<<20), block(2, configs.DeviceFile, dir, 256<<20))
+	e := serve(t, 16<<20, kv(1, configs.DeviceFile, dir, 512<<20), block(2, configs.DeviceFile, dir, 256<<20))
 	_, id := e.admin(noDigests, 0)
 	var wg sync.WaitGroup
 	for i := range conns {

@@ -91,7 +91,7 @@ func TestStalls(t *testing.T) {
 func TestCutAnywhere(t *testing.T) {
 	for _, device := range devices {
 		t.Run(string(device), func(t *testing.T) {
-			e := serve(t, 8<<20, kv(1, device, t.TempDir(), 64<<20))
+			e := serve(t, 16<<20, kv(1, device, t.TempDir(), 64<<20))
 			dg := nvmeof.Digests{Header: true, Data: true}
 			admin, id := e.admin(dg, 0)
 			// A session is what the host sends, and how many PDUs it waits for in between.
@@ -186,7 +186,7 @@ func connections(e *env, n int) {
 // A controller whose host went silent is ended by its keep alive timer; the host connects anew meanwhile. Any command keeps
 // a controller.
 func TestKeepAlive(t *testing.T) {
-	e := serve(t, 8<<20, kv(1, configs.DeviceMemory, "", 64<<20))
+	e := serve(t, 16<<20, kv(1, configs.DeviceMemory, "", 64<<20))
 	silent, id := e.admin(noDigests, 1000)
 	silentIO := e.io(id, 1, noDigests, 0)
 	again, id2 := e.admin(noDigests, 1000)
@@ -218,7 +218,7 @@ func TestKeepAlive(t *testing.T) {
 
 // 200 connects and disconnects, orderly and not, leave nothing behind.
 func TestConnects(t *testing.T) {
-	e := serve(t, 8<<20, kv(1, configs.DeviceFile, t.TempDir(), 64<<20))
+	e := serve(t, 16<<20, kv(1, configs.DeviceFile, t.TempDir(), 64<<20))
 	files := func() int {
 		d, err := os.ReadDir("/proc/self/fd")
 		if err != nil {
@@ -294,7 +294,7 @@ func TestManyControllers(t *testing.T) {
 func TestDrain(t *testing.T) {
 	for _, device := range devices {
 		t.Run(string(device), func(t *testing.T) {
-			e := serve(t, 8<<20, kv(1, device, t.TempDir(), 128<<20))
+			e := serve(t, 16<<20, kv(1, device, t.TempDir(), 128<<20))
 			admin, id := e.admin(noDigests, 0)
 			slow, busy := e.io(id, 1, noDigests, 0), e.io(id, 2, noDigests, 0)
 			v := pattern(1, 1<<20)
@@ -360,7 +360,7 @@ func TestDrain(t *testing.T) {
 
 // 100 idle controllers of 5 queues each cost the whole process, the hosts' ends among it, far less than 64 MiB.
 func TestIdleMemory(t *testing.T) {
-	e := serve(t, 8<<20, kv(1, configs.DeviceFile, t.TempDir(), 64<<20))
+	e := serve(t, 16<<20, kv(1, configs.DeviceFile, t.TempDir(), 64<<20))
 	before := resident(t)
 	for range 100 {
 		_, id := e.admin(noDigests, 0)

@@ -29,7 +29,7 @@ func TestMalformed(t *testing.T) {
 		return le.AppendUint32([]byte{typ, flags, hlen, pdo}, plen)
 	}
 	padded := func(b []byte, n int) []byte { return append(b, make([]byte, n)...) }
-	e := serve(t, 8<<20, kv(1, configs.DeviceMemory, "", 128<<20))
+	e := serve(t, 16<<20, kv(1, configs.DeviceMemory, "", 128<<20))
 	_, id := e.admin(noDigests, 0)
 	bystander := e.io(id, 63, noDigests, 0)
 	value := pattern(1, 100000)
@@ -140,7 +140,7 @@ func TestMalformed(t *testing.T) {
 
 // A wrong SGL is the command's error, not the connection's.
 func TestWrongSGL(t *testing.T) {
-	e := serve(t, 8<<20, kv(1, configs.DeviceMemory, "", 128<<20))
+	e := serve(t, 16<<20, kv(1, configs.DeviceMemory, "", 128<<20))
 	_, id := e.admin(noDigests, 0)
 	h := e.io(id, 1, noDigests, 0)
 	for _, c := range []struct {
@@ -179,7 +179,7 @@ func TestWrongSGL(t *testing.T) {
 func TestWrongDataDigest(t *testing.T) {
 	for _, device := range devices {
 		t.Run(string(device), func(t *testing.T) {
-			e := serve(t, 8<<20, kv(1, device, t.TempDir(), 128<<20))
+			e := serve(t, 16<<20, kv(1, device, t.TempDir(), 128<<20))
 			dg := nvmeof.Digests{Header: true, Data: true}
 			_, id := e.admin(dg, 0)
 			h := e.io(id, 1, dg, 0)
@@ -216,7 +216,7 @@ func TestWrongDataDigest(t *testing.T) {
 func TestTooManyCommands(t *testing.T) {
 	for _, device := range devices {
 		t.Run(string(device), func(t *testing.T) {
-			e := serve(t, 8<<20, kv(1, device, t.TempDir(), 512<<20))
+			e := serve(t, 16<<20, kv(1, device, t.TempDir(), 512<<20))
 			_, id := e.admin(noDigests, 0)
 			h := e.dial(noDigests, 0)
 			h.connect(id, 1, 31, 0)
@@ -250,7 +250,7 @@ func TestTooManyCommands(t *testing.T) {
 func TestSetupTime(t *testing.T) {
 	defer func(d time.Duration) { setupTime = d }(setupTime)
 	setupTime = 100 * time.Millisecond
-	e := serve(t, 8<<20)
+	e := serve(t, 16<<20)
 	for _, b := range [][]byte{nil, icreq(noDigests, 0)[:3], icreq(noDigests, 0)[:127], icreq(noDigests, 0)} {
 		h := e.open()
 		h.write(b)

@@ -23,7 +23,7 @@ func TestTransfers(t *testing.T) {
 			for _, hpda := range []uint8{0, 3, 31} {
 				t.Run(fmt.Sprintf("%s/%+v/%d", device, dg, hpda), func(t *testing.T) {
 					dir := t.TempDir()
-					e := serve(t, 8<<20, kv(1, device, dir, 128<<20), block(2, device, dir, 64<<20))
+					e := serve(t, 16<<20, kv(1, device, dir, 128<<20), block(2, device, dir, 64<<20))
 					_, id := e.admin(dg, 0)
 					h := e.io(id, 1, dg, hpda)
 					h.h2c = 4 << (hpda % 4) // padding of our own
