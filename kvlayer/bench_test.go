@@ -109,9 +109,9 @@ func BenchmarkExist(b *testing.B) {
 }
 
 // BenchmarkFull compares a full device that evicts all the time with an empty one, a round of both
-// for each iteration (so -benchtime 5x): how fast four workers store values that nobody reads, then how fast three
-// retrieve, while one stores 256 MiB a second. What is retrieved takes a fifth of the device, and is
-// moved again and again when that is full. It reports medians.
+// for each iteration (so -benchtime 5x). First four workers store values that nobody reads: what is evicted is the
+// oldest. Then three retrieve values of a fifth of the device, while one stores 256 MiB a second; and as these are
+// touched, they are moved again and again when the device is full, also while four workers store. It reports medians.
 func BenchmarkFull(b *testing.B) {
 	defer func(d time.Duration) { maxWait = d }(maxWait)
 	maxWait = 10 * time.Second // as outside of tests
@@ -119,7 +119,7 @@ func BenchmarkFull(b *testing.B) {
 	for _, kind := range []string{"memory", "file"} {
 		for _, n := range []int64{64 << 10, 2 << 20, 16 << 20} {
 			b.Run(fmt.Sprintf("%s/%dKiB", kind, n>>10), func(b *testing.B) {
-				a, err := uring.NewArena(32 << 20)
+				a, err := uring.NewArena(64 << 20)
 				if err != nil {
 					b.Fatal(err)
 				}
@@ -148,42 +148,58 @@ func BenchmarkFull(b *testing.B) {
 }
 
 func fullRound(b *testing.B, dev uring.Device, a *uring.Arena, n int64, results map[string][]float64) {
+	add := func(name string, v float64) { results[name] = append(results[name], v) }
+	for _, hot := range []bool{false, true} {
+		f := openFull(b, dev, a, n, hot)
+		emptyStores, emptyTail := f.stores(b, dev.Size()/8)
+		var emptyRetrieves, emptyReads float64
+		if hot {
+			emptyRetrieves, emptyReads = f.retrieves(b, time.Second)
+		}
+		for f.s.Stats().Evictions[0] == 0 {
+			f.stores(b, dev.Size()/16)
+		}
+		before := f.s.Stats()
+		stores, tail := f.stores(b, dev.Size()/8)
+		if hot {
+			retrieves, reads := f.retrieves(b, time.Second)
+			add("retrieve-MB/s", retrieves)
+			add("retrieve-full/empty", retrieves/emptyRetrieves)
+			add("retrieve-p99.9-µs", reads)
+			add("retrieve-p99.9-µs-empty", emptyReads)
+			add("store-moving-full/empty", stores/emptyStores)
+			st := f.s.Stats()
+			add("moved/stored", float64(st.Moved-before.Moved)/float64(st.Written-before.Written))
+		} else {
+			add("store-MB/s", stores)
+			add("store-full/empty", stores/emptyStores)
+			add("store-p99.9-µs", tail)
+			add("store-p99.9-µs-empty", emptyTail)
+			add("full-%", float64(f.s.Stats().Used)*100/float64(dev.Size()))
+			add("waits", float64(f.s.p.asks))
+		}
+		f.s.Close()
+	}
+}
+
+// openFull makes a store with the values that are retrieved, a fifth of the device. If they are to be hot,
+// they have been, so that they are known to be.
+func openFull(b *testing.B, dev uring.Device, a *uring.Arena, n int64, hot bool) *fullBench {
 	format(b, dev)
 	s, err := Open(dev, a, Options{})
 	if err != nil {
 		b.Fatal(err)
 	}
-	defer s.Close()
-	hot := int(dev.Size() / 5 / n)
-	f := &fullBench{s: s, n: n, hot: hot}
-	f.next.Store(int64(hot))
+	f := &fullBench{s: s, n: n, hot: int(dev.Size() / 5 / n), source: value(1, 128<<10)}
+	f.next.Store(int64(f.hot))
 	var w Writer
-	for k := range hot {
+	for k := range f.hot {
 		f.store(b, &w, k)
 	}
-	f.retrieves(b, time.Second) // so that they are known to be hot
-	measure := func() (got [4]float64) {
-		got[0], got[1] = f.stores(b, dev.Size()/8)
-		got[2], got[3] = f.retrieves(b, time.Second)
-		return got
+	if hot {
+		f.retrieves(b, time.Second)
 	}
-	empty := measure()
-	for s.Stats().Evictions[0] == 0 {
-		f.stores(b, dev.Size()/16)
-	}
-	before := s.Stats()
-	full := measure()
-	st := s.Stats()
-	add := func(name string, v float64) { results[name] = append(results[name], v) }
-	for i, op := range []string{"store", "retrieve"} {
-		add(op+"-MB/s", full[2*i])
-		add(op+"-full/empty", full[2*i]/empty[2*i])
-		add(op+"-p99.9-µs", full[2*i+1])
-		add(op+"-p99.9-µs-empty", empty[2*i+1])
-	}
-	add("full-%", float64(st.Used)*100/float64(dev.Size()))
-	add("moved/stored", float64(st.Moved-before.Moved)/float64(st.Written-before.Written))
-	add("waits", float64(s.p.asks))
+	return f
 }
 
 func format(b *testing.B, dev uring.Device) {
@@ -198,6 +214,8 @@ type fullBench struct {
 	n    int64        // bytes of a value
 	hot  int          // keys below that are retrieved
 	next atomic.Int64 // key to be stored
+
+	source []byte // of all values
 }
 
 func (f *fullBench) store(b *testing.B, w *Writer, k int) {
@@ -205,8 +223,8 @@ func (f *fullBench) store(b *testing.B, w *Writer, k int) {
 		b.Error(err)
 		return
 	}
-	for m := w.Buffer(1 << 20); m != nil; m = w.Buffer(1 << 20) {
-		w.Filled(len(m)) // as the kernel would fill it
+	for m := w.Buffer(len(f.source)); m != nil; m = w.Buffer(len(f.source)) {
+		w.Filled(copy(m, f.source)) // as the kernel fills it from a socket
 	}
 	if err := w.Commit(); err != nil {
 		b.Error(err)

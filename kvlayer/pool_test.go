@@ -567,3 +567,33 @@ func TestLargeRecovery(t *testing.T) {
 	r.Close()
 	s.Close()
 }
+
+// TestLostRace: a Store asks for room, and another takes the segment that comes free. That the keeper finds enough to be free then
+// does not mean that there is no room.
+func TestLostRace(t *testing.T) {
+	d, a := newDisk(64*mib), newArena(t)
+	s := open(t, d, a, Options{})
+	defer s.Close()
+	p := s.p
+	p.mu.Lock()
+	p.asks += 5
+	s.waiting++
+	p.devs[0].want = mib
+	p.mu.Unlock()
+	p.devs[0].reclaimOne(p.asks)
+	p.mu.Lock()
+	stuck := p.devs[0].stuck
+	s.o.Quota, p.devs[0].want = mib, 2*mib
+	p.mu.Unlock()
+	if stuck != 0 {
+		t.Error("there is no room, with all segments free")
+	}
+	p.devs[0].reclaimOne(p.asks)
+	p.mu.Lock()
+	if p.devs[0].stuck != p.asks {
+		t.Error("a quota that is full makes nobody give up")
+	}
+	s.waiting--
+	p.devs[0].want = 0
+	p.mu.Unlock()
+}

@@ -19,8 +19,12 @@ func (d *device) reclaimOne(asks uint64) bool {
 	p.mu.Lock()
 	g, all, again := d.victim()
 	if g == nil {
+		enough := d.enough()
+		if enough {
+			p.notify()
+		}
 		p.mu.Unlock()
-		if !again {
+		if !again && !enough {
 			d.giveUp(asks)
 		}
 		return again
@@ -41,6 +45,17 @@ func (d *device) reclaimOne(asks uint64) bool {
 	}
 	d.giveUp(asks)
 	return false
+}
+
+// enough tells that those who wait for room may take a segment: what came free was taken by others, or they have not yet
+// looked. Under Pool.mu.
+func (d *device) enough() bool {
+	for _, s := range d.p.stores {
+		if s.waiting > 0 && s.used.Load()+d.want > s.limit() {
+			return false
+		}
+	}
+	return len(d.free) > d.reserve()
 }
 
 // victim chooses a segment to reclaim, and tells whether all that lives in it is to

@@ -67,8 +67,9 @@ type segment struct {
 func (d *device) reserve() int { return 1 }
 
 // low and high are the watermarks: with fewer free segments than low, reclaiming
-// goes on until there are high.
-func (d *device) low() int { return d.reserve() + 1 + len(d.segs)/100 }
+// goes on until there are high. Where it does not cost much, Stores have one more to
+// take while the first segments are made free.
+func (d *device) low() int { return d.reserve() + 1 + max(len(d.segs)/100, min(1, len(d.segs)/32)) }
 func (d *device) high() int {
 	if len(d.segs) < 16 {
 		return d.low()
