@@ -98,7 +98,7 @@ var never = Options{Eviction: EvictNever, Strict: true}
 
 func newArena(t testing.TB) *uring.Arena {
 	t.Helper()
-	return uringtest.NewArena(t, 8<<20)
+	return uringtest.NewArena(t, 16<<20)
 }
 
 // devices runs f on each kind of device.

@@ -182,7 +182,7 @@ func runFaults(t *testing.T, c trouble, seed uint64) tally {
 	r.keys = make([]fate, 6+r.rnd.IntN(30))
 	r.o = Options{Eviction: Eviction(r.rnd.IntN(5)), Flushed: r.rnd.IntN(4) == 0, Strict: r.rnd.IntN(2) == 0}
 	var err error
-	if r.arena, err = uring.NewArena(8 << 20); err != nil {
+	if r.arena, err = uring.NewArena(16 << 20); err != nil {
 		t.Fatal(err)
 	}
 	for i := range 1 + r.rnd.IntN(2) {

@@ -91,7 +91,7 @@ const headerSlots = uring.MediumBuf / block
 // values, also should it come back later. Data that is not a pool of this version is ErrForeign.
 //
 // It rebuilds the index from the log. Devices must support blocks of 4096 bytes. Unless
-// they are memory the pool holds a medium buffer of the arena, and one more for each device,
+// they are memory the pool holds a medium buffer of the arena, and a large one for each device,
 // until Close. Neither devices nor arena are closed with the pool.
 func OpenPool(devs []uring.Device, arena *uring.Arena, o PoolOptions) (*Pool, error) {
 	p := &Pool{arena: arena, log: o.Log, mem: true, stop: make(chan struct{})}
@@ -129,8 +129,8 @@ func OpenPool(devs []uring.Device, arena *uring.Arena, o PoolOptions) (*Pool, er
 	return p, nil
 }
 
-// Buffers is how many medium arena buffers a pool of n devices that are not memory holds.
-func Buffers(n int) int { return 1 + n }
+// Buffers is how many arena buffers a pool of n devices that are not memory holds.
+func Buffers(n int) (large, medium int) { return n, 1 }
 
 func (p *Pool) takeBuffers() error {
 	p.slots = make(chan *slot, headerSlots)
@@ -140,25 +140,27 @@ func (p *Pool) takeBuffers() error {
 		}
 		return nil
 	}
-	take := func(b *uring.Buf) (ok bool) {
+	take := func(b *uring.Buf, size int) (ok bool) {
 		for range 1000 { // a busy arena frees some soon
-			if *b, ok = p.arena.TryGet(uring.MediumBuf); ok {
+			if *b, ok = p.arena.TryGet(size); ok {
 				break
 			}
 			time.Sleep(time.Millisecond)
 		}
 		return ok
 	}
-	ok := take(&p.slotsBuf)
+	ok := take(&p.slotsBuf, uring.MediumBuf)
 	for _, d := range p.devs {
-		ok = ok && take(&d.copy)
+		ok = ok && take(&d.copy, uring.LargeBuf)
 	}
 	if !ok {
 		p.putBuffers()
 		return errors.New("kvlayer: the buffer arena is used up; make it larger")
 	}
 	for m := p.slotsBuf.Data; len(m) > 0; m = m[block:] {
-		p.slots <- &slot{mem: m[:block:block]}
+		sl := &slot{mem: m[:block:block]}
+		sl.op.Unpaced = true // what a keeper copies makes room for the others
+		p.slots <- sl
 	}
 	return nil
 }

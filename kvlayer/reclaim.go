@@ -473,7 +473,7 @@ func (d *device) copyOut(sl *slot, g *segment, s *Store, e entry, c class) (m mo
 func (d *device) copyRecord(sl *slot, g *segment, m *move, from, n int64) (written bool, err error) {
 	p, e, to := d.p, m.e, m.to
 	for at := int64(block); at < n; {
-		step := min(n-at, max(uring.MediumBuf, int64(len(d.copy.Data))))
+		step := min(n-at, uring.LargeBuf)
 		b, err := d.read(&sl.op, d.copy.Data, from+at, step)
 		if errors.Is(err, uring.ErrMedia) {
 			d.unreadable(g, e, from+at, err)

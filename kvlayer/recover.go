@@ -227,7 +227,7 @@ func (r *recovery) each(f func(g *segment, op *uring.Op, buf []byte) error) erro
 	for _, d := range r.devs {
 		var next atomic.Int64
 		for w := range workers {
-			buf := d.copy.Data
+			buf := d.copy.Data[:min(len(d.copy.Data), uring.MediumBuf)]
 			var more uring.Buf
 			if w > 0 && !r.mem {
 				var ok bool

@@ -33,7 +33,7 @@ type namespace struct {
 	shadow shadow
 	disks  []*disk // all devices, those of its pool
 	pool   *pool
-	own    int64 // medium buffers of the arena that are its own
+	own    hold // of the arena, for good
 }
 
 // openNamespace opens the device and, for a Key Value namespace, the store on it.
@@ -48,11 +48,11 @@ func openNamespace(c configs.Namespace, arena *uring.Arena, p *pool, log *slog.L
 	}
 	n.disks = []*disk{{Device: n.dev}}
 	if n.inline = n.dev.View(0, 1) != nil; !n.inline {
-		if err := p.takeForGood(1); err != nil { // for Compare
+		if err := p.takeForGood(hold{medium: 1}); err != nil { // for Compare
 			n.dev.Close()
 			return nil, fmt.Errorf("namespace %d: %w", c.NSID, err)
 		}
-		n.own = 1
+		n.own = hold{medium: 1}
 	}
 	if d, ok := n.dev.(*uring.NVMe); ok {
 		n.drive = d.Drive()

@@ -2,7 +2,7 @@ package target
 
 import (
 	"context"
-	"fmt"
+	"errors"
 	"time"
 
 	"golang.org/x/sync/semaphore"
@@ -16,7 +16,7 @@ type pool struct {
 	storages             storages // of Key Value namespaces
 	large, medium, small *semaphore.Weighted
 	inline               *semaphore.Weighted // of two small buffers each, for commands whose data came in the capsule
-	spare                int64               // medium buffers that namespaces may still take for good
+	spare                hold                // what namespaces may still take for good
 	memories             memories
 }
 
@@ -54,9 +54,9 @@ func holdFor(n, most int64) hold {
 func newPool(arena *uring.Arena) *pool {
 	s := arena.Stats()
 	count := func(c uring.ClassStats) int64 { return int64(c.Free + c.Used) }
-	small, medium := count(s.Small), count(s.Medium)
-	p := &pool{large: semaphore.NewWeighted(count(s.Large)), medium: semaphore.NewWeighted(medium), small: semaphore.NewWeighted(small / 2),
-		inline: semaphore.NewWeighted(small / 4), spare: medium - 1}
+	small, medium, large := count(s.Small), count(s.Medium), count(s.Large)
+	p := &pool{large: semaphore.NewWeighted(large), medium: semaphore.NewWeighted(medium), small: semaphore.NewWeighted(small / 2),
+		inline: semaphore.NewWeighted(small / 4), spare: hold{large: large - readHold, medium: medium - 1}}
 	p.memories.add(payload{b: arena.Memory()})
 	return p
 }
@@ -97,18 +97,25 @@ func (p *pool) give(h hold) {
 	p.small.Release(h.small)
 }
 
-// takeForGood gives a namespace n medium buffers for as long as it is open; enough stay for the largest command.
-func (p *pool) takeForGood(n int64) error {
+// takeForGood gives a namespace large and medium buffers for as long as it is open; enough stay for the largest command.
+func (p *pool) takeForGood(h hold) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	if n > p.spare || p.medium.Acquire(ctx, n) != nil {
-		return fmt.Errorf("the buffer arena is used up: make memory.arena larger")
+	err := errors.New("the buffer arena is used up: make memory.arena larger")
+	if h.large > p.spare.large || h.medium > p.spare.medium || p.large.Acquire(ctx, h.large) != nil {
+		return err
 	}
-	p.spare -= n
+	if p.medium.Acquire(ctx, h.medium) != nil {
+		p.large.Release(h.large)
+		return err
+	}
+	p.spare.large -= h.large
+	p.spare.medium -= h.medium
 	return nil
 }
 
-func (p *pool) giveForGood(n int64) {
-	p.spare += n
-	p.medium.Release(n)
+func (p *pool) giveForGood(h hold) {
+	p.spare.large += h.large
+	p.spare.medium += h.medium
+	p.give(h)
 }

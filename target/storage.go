@@ -20,9 +20,9 @@ type storage struct {
 	devs   []uring.Device
 	disks  []*disk // devs
 	pool   *kvlayer.Pool
-	memory bool  // all devices are memory: commands never wait for them
-	own    int64 // medium buffers of the arena that are its own
-	users  int   // namespaces; only Apply and Close change it
+	memory bool // all devices are memory: commands never wait for them
+	own    hold // of the arena, for good
+	users  int  // namespaces; only Apply and Close change it
 }
 
 // storages are those that are open, by name. Only Apply and Close change them.
@@ -100,7 +100,8 @@ func (p *pool) openStorage(c configs.Pool, placement int, arena *uring.Arena, lo
 		return st, failed
 	}
 	if !st.memory {
-		own := int64(kvlayer.Buffers(len(st.devs)))
+		large, medium := kvlayer.Buffers(len(st.devs))
+		own := hold{large: int64(large), medium: int64(medium)}
 		if err := p.takeForGood(own); err != nil {
 			return st, err
 		}
@@ -149,9 +150,7 @@ func (st *storage) closeDevices(p *pool) (err error) {
 		}
 		err = errors.Join(err, d.Close())
 	}
-	if st.own > 0 {
-		p.giveForGood(st.own)
-	}
+	p.giveForGood(st.own)
 	return err
 }
 

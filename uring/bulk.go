@@ -19,7 +19,7 @@ const (
 // paced tells whether o is such a piece: small operations never wait for large ones, and larger ones are those of callers that have
 // a depth of their own in mind.
 func (o *Op) paced() bool {
-	return o.Kind.transfers() && len(o.Data) > SmallBuf && len(o.Data) <= LargeBuf
+	return o.Kind.transfers() && len(o.Data) > SmallBuf && len(o.Data) <= LargeBuf && !o.Unpaced
 }
 
 // bulk is the pieces that wait for their turn.

@@ -55,6 +55,9 @@ type Op struct {
 	Len  int64  // bytes, for Discard and Zero
 	Data []byte // for Read, Write and Compare; arena memory, or any other that does not move (not a goroutine's stack)
 
+	// Unpaced has a large payload not wait for its turn behind others.
+	Unpaced bool
+
 	// On NVMe drives alone, others ignore them.
 	Placement uint16 // of a Write: the namespace's placement handle, from 1 to DeviceInfo.Placements; 0: the device's default
 	Control   uint16 // bits 31:16 of the command's CDW12, such as FUA (bit 14) and Deallocate (bit 9)
