@@ -1,8 +1,14 @@
 # On emulated NVMe drives: see tests/vm/test.sh.
 . /vm/lib.sh
-ng() { echo "/dev/$(drive "$1" | sed s/nvme/ng/)n1"; }
+# ng SERIAL: the generic device of the drive's namespace. Once the drive was taken out, its numbers are not the controller's.
+ng() {
+	local file
+	drive "$1" > /dev/null
+	file=$(grep -lx "$1 *" /sys/class/nvme-generic/ng*/device/serial | tail -n 1)
+	echo "/dev/$(basename "${file%/device/serial}")"
+}
 drives=nqn.2026-11.dev.kvof:drives
-{
+config() {
 	configure
 	printf '\n[[subsystem]]\nnqn = "%s"\nallow_any_host = true\n' $drives
 	namespace 1 kv nvme "$(ng drive0)"    # LBAs of 4096 bytes
@@ -10,7 +16,8 @@ drives=nqn.2026-11.dev.kvof:drives
 	namespace 3 block nvme "$(ng drive2)" # flexible data placement
 	echo 'placement = 2'
 	namespace 4 block nvme "$(ng drive3)" # a sector that cannot be read
-} > kvof.toml
+}
+config > kvof.toml
 start_target
 connect $drives
 kv=$(generic $drives 1)
@@ -88,6 +95,7 @@ fio --name=verify --filename="${disk[2]}" --direct=1 --ioengine=io_uring --iodep
 it 'values are on the drive after a restart'
 nvme disconnect-all
 kill_target TERM
+config > kvof.toml # the drive that was taken out may have another name now
 start_target
 connect $drives
 kv=$(generic $drives 1)
