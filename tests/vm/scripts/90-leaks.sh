@@ -29,3 +29,19 @@ wait_for 10 has_controllers 0
 wait_for 10 test "$(descriptors)" -le "$fds"
 echo "resident memory: $memory KiB before, $(resident) KiB after"
 [ "$(resident)" -le $((memory + 8192)) ]
+
+[ $transport = rdma ] || exit 0
+it '1000 connects in a burst, twice, leak no memory, descriptor, controller or RDMA resource'
+resources() { rdma resource show | grep -o '\(cq\|qp\|cm_id\|srq\) [0-9]*' | tr '\n' ' '; } # memory regions are kept with the memory
+has_no_more() { [ "$(descriptors)" -le "$fds" ] && [ "$(resources)" = "$before" ]; }
+burst() {
+	/vm/helper rdma-burst $ip:$io 1000
+	wait_for 60 has_controllers 0
+	wait_for 30 has_no_more
+}
+before=$(resources)
+burst
+memory=$(resident)
+burst
+echo "resident memory: $memory KiB before, $(resident) KiB after; $before"
+[ "$(resident)" -le $((memory + 16384)) ]

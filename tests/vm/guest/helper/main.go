@@ -9,6 +9,8 @@
 //	    asks for an RDMA connection with private data, in hexadecimal, and prints "accepted CRQSIZE" or "refused STATUS"
 //	helper rdma-wrong-key HOST:PORT N
 //	    N times, sends a Connect whose data has a key that was never given out, and waits for the connection's end
+//	helper rdma-burst HOST:PORT N
+//	    makes N controllers with one connection each, all at the same time, and leaves when the last of them is there
 //	helper uevents
 //	    prints the kernel's uevents, one per line, until it is killed
 package main
@@ -27,7 +29,7 @@ import (
 
 func main() {
 	run := map[string]func(args []string) error{"uring-cmd": uringCmd, "engine": engine, "rdma-connect": rdmaConnect,
-		"rdma-wrong-key": rdmaWrongKey, "uevents": uevents}[os.Args[1]]
+		"rdma-wrong-key": rdmaWrongKey, "rdma-burst": rdmaBurst, "uevents": uevents}[os.Args[1]]
 	if err := run(os.Args[2:]); err != nil {
 		fmt.Fprintln(os.Stderr, "helper:", err)
 		os.Exit(1)
