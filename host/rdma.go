@@ -566,10 +566,14 @@ func (q *rdmaQueue) complete() {
 	var wc [64]rdma.WC
 	var b rdma.Batch
 	finished := make([]*rdmaSlot, 0, len(wc))
-	armed := false
+	queues := []rdma.CQ{q.responded, q.sends}
 	var err error
-	for err == nil && !q.failed() {
-		n := q.ch.Turn(&b, wc[:])
+	for n := 0; err == nil && !q.failed(); {
+		if n < len(wc) && b.Empty() && len(finished) == 0 {
+			n, err = q.ch.Wait(queues[:q.needed()], nil, wc[:])
+		} else {
+			n = q.ch.Turn(&b, wc[:])
+		}
 		if !b.Empty() {
 			_, err = b.Posted(0)
 			b.Reset()
@@ -583,16 +587,6 @@ func (q *rdmaQueue) complete() {
 			if err == nil {
 				finished, err = q.completion(&wc[i], &b, finished)
 			}
-		}
-		switch {
-		case n > 0 || err != nil:
-			armed = false
-		case !armed:
-			err = q.arm()
-			armed = true
-		default:
-			err = q.ch.Wait()
-			armed = false
 		}
 	}
 	if err != nil {
@@ -609,14 +603,13 @@ func (q *rdmaQueue) complete() {
 	q.unmap()
 }
 
-// arm asks to be woken for the next response. A send is over before its response comes, but for one that is told of late.
-func (q *rdmaQueue) arm() error {
+// needed is of how many queues the next completion is waited for: that of the responses. A send is over before its response
+// comes, but for one that is told of late.
+func (q *rdmaQueue) needed() int {
 	if q.late > 0 {
-		if err := q.sends.Arm(); err != nil {
-			return err
-		}
+		return 2
 	}
-	return q.responded.Arm()
+	return 1
 }
 
 func (q *rdmaQueue) failed() bool {

@@ -172,14 +172,9 @@ func (r *fakeRDMA) next() (rdma.WC, bool) {
 // turn waits for some completions; false when the connection has ended.
 func (r *fakeRDMA) turn() bool {
 	var wc [16]rdma.WC
-	n := r.ch.Turn(nil, wc[:])
-	if n == 0 {
-		if r.cq.Arm() != nil {
-			return false
-		}
-		if n = r.ch.Turn(nil, wc[:]); n == 0 && r.ch.Wait() != nil {
-			return false
-		}
+	n, err := r.ch.Wait([]rdma.CQ{r.cq}, nil, wc[:])
+	if err != nil {
+		return false
 	}
 	for _, w := range wc[:n] {
 		switch {

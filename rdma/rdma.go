@@ -175,18 +175,22 @@ type Channel interface {
 	// Turn posts b, which may be nil, then polls the channel's completion queues for up to len(wc) completions, in turns
 	// between queues, and returns how many it put there. What could not be posted is told by b.
 	Turn(b *Batch, wc []WC) int
-	// Wait sleeps until a completion comes to a queue that was armed, or Wake is called.
-	Wait() error
+	// Wait arms queues and, unless completions were there before, sleeps until one comes to a queue that is armed, or one of the
+	// files (at most MaxFiles) can be read, or Wake is called. It returns how many completions it put into wc, as Turn does: none
+	// may also mean that there was no reason.
+	Wait(arm []CQ, files []int32, wc []WC) (int, error)
 	// Wake makes Wait return.
 	Wake()
 	// Close frees the channel. All completion queues are closed before, and nobody is in Wait.
 	Close() error
 }
 
+// MaxFiles is how many files a Wait takes.
+const MaxFiles = 16
+
 // CQ is a completion queue (struct ibv_cq), polled through its Channel.
 type CQ interface {
-	// Arm asks for Wait to return at the queue's next completion. Those that came before are found by one more Turn. It may be
-	// called by any goroutine.
+	// Arm asks for a Wait that goes on to return at the queue's next completion. It may be called by any goroutine.
 	Arm() error
 	// Close destroys the queue, after all queue pairs that use it, and while its channel is not in Turn.
 	Close() error

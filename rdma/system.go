@@ -22,6 +22,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -37,6 +38,7 @@ var (
 	_ [unsafe.Sizeof(C.struct_kvof_chain{})]byte = [unsafe.Sizeof(chain{})]byte{}
 	_ [unsafe.Sizeof(C.struct_ibv_sge{})]byte    = [unsafe.Sizeof(SGE{})]byte{}
 	_ [unsafe.Sizeof(C.struct_ibv_wc{})]byte     = [unsafe.Sizeof(WC{})]byte{}
+	_ [C.MAX_FILES]byte                          = [MaxFiles]byte{}
 )
 
 // Limits of the connection manager.
@@ -847,12 +849,30 @@ func (q *sharedQueue) Close() error {
 type channel struct {
 	dev *device
 	ch  *C.struct_ibv_comp_channel
-	cqs atomic.Pointer[[]uintptr]
+	cqs atomic.Pointer[queueList]
 	mu  sync.Mutex // changes them
 	at  int        // the queue to poll first
+	arm []uintptr  // scratch of Wait
 
 	waker  int  // eventfd
 	closed bool // with it; mu
+}
+
+// queueList is a channel's queues, and their handles in the same order.
+type queueList struct {
+	queues  []*completions
+	handles []uintptr
+}
+
+// without copies the list but for q.
+func (l *queueList) without(q *completions) *queueList {
+	var n queueList
+	for _, o := range l.queues {
+		if o != q {
+			n.queues, n.handles = append(n.queues, o), append(n.handles, o.handle())
+		}
+	}
+	return &n
 }
 
 func (d *device) NewChannel() (Channel, error) {
@@ -866,7 +886,7 @@ func (d *device) NewChannel() (Channel, error) {
 		C.kvof_destroy_channel(c.ch)
 		return nil, os.NewSyscallError("eventfd", err)
 	}
-	c.cqs.Store(new([]uintptr))
+	c.cqs.Store(new(queueList))
 	return c, nil
 }
 
@@ -875,30 +895,56 @@ func (c *channel) NewCQ(depth int) (CQ, error) {
 	if cq == nil {
 		return nil, fmt.Errorf("%s: cannot create a completion queue of %d: %w", c.dev.name, depth, err)
 	}
-	q := &completions{c, cq}
+	q := &completions{ch: c, cq: cq}
 	c.mu.Lock()
-	list := append(append([]uintptr(nil), *c.cqs.Load()...), q.handle())
-	c.cqs.Store(&list)
+	list := c.cqs.Load().without(nil)
+	list.queues, list.handles = append(list.queues, q), append(list.handles, q.handle())
+	c.cqs.Store(list)
 	c.mu.Unlock()
 	c.Wake() // to arm it
 	return q, nil
 }
 
-func (c *channel) Turn(b *Batch, wc []WC) int {
-	cqs := *c.cqs.Load()
-	if c.at++; c.at >= len(cqs) {
+// next returns the queues, and which of them to poll first.
+func (c *channel) next() (*queueList, int) {
+	l := c.cqs.Load()
+	if c.at++; c.at >= len(l.handles) {
 		c.at = 0
 	}
-	return turn(b, cqs, c.at, wc)
+	return l, c.at
+}
+
+func (c *channel) Turn(b *Batch, wc []WC) int {
+	l, at := c.next()
+	return turn(b, l.handles, at, wc)
 }
 
 // Wait keeps its thread, and the processor that goes with it for as long as nobody else wants that: a completion wakes the
-// thread itself. Go's poller takes two more system calls, and wakes a second thread that polls in its place.
-func (c *channel) Wait() error {
-	if rc := C.kvof_channel_wait(c.ch, C.int(c.waker)); rc != 0 {
-		return syscall.Errno(rc)
+// thread itself. Go's poller takes two more system calls, and wakes a second thread that polls in its place. All of it is one
+// call of C.
+func (c *channel) Wait(arm []CQ, files []int32, wc []WC) (int, error) {
+	c.arm = c.arm[:0]
+	for _, q := range arm {
+		if q := q.(*completions); !q.armed.Swap(true) {
+			c.arm = append(c.arm, q.handle())
+		}
 	}
-	return nil // the events of other queues make the next Wait short
+	l, at := c.next()
+	var event C.uintptr_t
+	n := C.kvof_channel_wait(c.ch, C.int(c.waker), (*C.uintptr_t)(unsafe.Pointer(unsafe.SliceData(c.arm))), C.int(len(c.arm)),
+		(*C.int32_t)(unsafe.Pointer(unsafe.SliceData(files))), C.int(len(files)),
+		(*C.uintptr_t)(unsafe.Pointer(unsafe.SliceData(l.handles))), C.int(len(l.handles)), C.int(at),
+		(*C.struct_ibv_wc)(unsafe.Pointer(unsafe.SliceData(wc))), C.int(len(wc)), &event)
+	if event != 0 { // those of other queues make the next Wait short
+		l := c.cqs.Load() // the queue may be new
+		if i := slices.Index(l.handles, uintptr(event)); i >= 0 {
+			l.queues[i].armed.Store(false)
+		}
+	}
+	if n < 0 {
+		return 0, syscall.Errno(-n)
+	}
+	return int(n), nil
 }
 
 func (c *channel) Wake() {
@@ -924,12 +970,17 @@ func (c *channel) Close() error {
 
 // completions implements CQ.
 type completions struct {
-	ch *channel
-	cq *C.struct_ibv_cq
+	ch    *channel
+	cq    *C.struct_ibv_cq
+	armed atomic.Bool // an event comes, or is there: to ask for it takes a system call on soft devices
 }
 
 func (q *completions) Arm() error {
+	if q.armed.Swap(true) {
+		return nil
+	}
 	if rc := C.kvof_arm(q.cq); rc != 0 {
+		q.armed.Store(false)
 		return syscall.Errno(rc)
 	}
 	return nil
@@ -940,13 +991,7 @@ func (q *completions) handle() uintptr { return uintptr(unsafe.Pointer(q.cq)) }
 // Close takes the queue from its channel, which must not be in Turn meanwhile.
 func (q *completions) Close() error {
 	q.ch.mu.Lock()
-	var list []uintptr
-	for _, h := range *q.ch.cqs.Load() {
-		if h != q.handle() {
-			list = append(list, h)
-		}
-	}
-	q.ch.cqs.Store(&list)
+	q.ch.cqs.Store(q.ch.cqs.Load().without(q))
 	q.ch.mu.Unlock()
 	if rc := C.kvof_destroy_cq(q.cq); rc != 0 {
 		return syscall.Errno(rc)

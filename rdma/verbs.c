@@ -105,13 +105,7 @@ static int post_recvs(struct kvof_chain *c, struct kvof_wr *wrs, struct ibv_sge 
 	return 0;
 }
 
-int kvof_turn(struct kvof_chain *chains, int nchains, struct kvof_wr *wrs, struct ibv_sge *sges,
-	uintptr_t *cqs, int ncqs, int start, struct ibv_wc *wc, int nwc) {
-	for (int i = 0; i < nchains; i++) {
-		struct kvof_chain *c = &chains[i];
-		c->posted = 0;
-		c->err = c->recv == CHAIN_SEND ? post_sends(c, wrs, sges) : post_recvs(c, wrs, sges);
-	}
+static int poll_cqs(uintptr_t *cqs, int ncqs, int start, struct ibv_wc *wc, int nwc) {
 	int found = 0;
 	for (int i = 0; i < ncqs && found < nwc; i++) {
 		int n = ibv_poll_cq((struct ibv_cq *)cqs[(start + i) % ncqs], nwc - found, wc + found);
@@ -121,29 +115,56 @@ int kvof_turn(struct kvof_chain *chains, int nchains, struct kvof_wr *wrs, struc
 	return found;
 }
 
+int kvof_turn(struct kvof_chain *chains, int nchains, struct kvof_wr *wrs, struct ibv_sge *sges,
+	uintptr_t *cqs, int ncqs, int start, struct ibv_wc *wc, int nwc) {
+	for (int i = 0; i < nchains; i++) {
+		struct kvof_chain *c = &chains[i];
+		c->posted = 0;
+		c->err = c->recv == CHAIN_SEND ? post_sends(c, wrs, sges) : post_recvs(c, wrs, sges);
+	}
+	return poll_cqs(cqs, ncqs, start, wc, nwc);
+}
+
 int kvof_arm(struct ibv_cq *cq) { return positive(ibv_req_notify_cq(cq, 0)); }
 
 static int again(void) { return errno == EAGAIN || errno == EINTR ? 0 : -errno; }
 
-int kvof_channel_wait(struct ibv_comp_channel *ch, int wake) {
-	struct pollfd fds[] = {{.fd = ch->fd, .events = POLLIN}, {.fd = wake, .events = POLLIN}};
-	if (poll(fds, 2, -1) < 0)
-		return errno == EINTR ? 0 : errno;
+int kvof_channel_wait(struct ibv_comp_channel *ch, int wake, uintptr_t *arm, int narm, int32_t *files, int nfiles, uintptr_t *cqs, int ncqs, int start,
+	struct ibv_wc *wc, int nwc, uintptr_t *event) {
+	*event = 0;
+	for (int i = 0; i < narm; i++) {
+		int err = kvof_arm((struct ibv_cq *)arm[i]);
+		if (err)
+			return -err;
+	}
+	if (narm > 0) { // what came before is announced by no event
+		int found = poll_cqs(cqs, ncqs, start, wc, nwc);
+		if (found > 0)
+			return found;
+	}
+	struct pollfd fds[2 + MAX_FILES] = {{.fd = ch->fd, .events = POLLIN}, {.fd = wake, .events = POLLIN}};
+	if (nfiles > MAX_FILES)
+		nfiles = MAX_FILES;
+	for (int i = 0; i < nfiles; i++)
+		fds[2 + i] = (struct pollfd){.fd = files[i], .events = POLLIN};
+	if (poll(fds, 2 + nfiles, -1) < 0)
+		return again();
 	if (fds[1].revents) {
 		uint64_t n;
 		if (read(wake, &n, sizeof n) < 0 && errno != EAGAIN)
-			return errno;
+			return -errno;
 	}
 	if (fds[0].revents & POLLIN) {
 		struct ibv_cq *cq;
 		void *context;
 		if (lib.ibv_get_cq_event(ch, &cq, &context))
-			return -again();
+			return again();
 		lib.ibv_ack_cq_events(cq, 1);
+		*event = (uintptr_t)cq;
 	} else if (fds[0].revents) {
-		return EIO;
+		return -EIO;
 	}
-	return 0;
+	return poll_cqs(cqs, ncqs, start, wc, nwc);
 }
 
 int kvof_cm_event_take(struct rdma_event_channel *ch, struct kvof_cm_event *out) {

@@ -35,8 +35,14 @@ int kvof_turn(struct kvof_chain *chains, int nchains, struct kvof_wr *wrs, struc
 // Asks for an event at the next completion of the queue; an errno or 0.
 int kvof_arm(struct ibv_cq *cq);
 
-// Waits until the completion channel has an event, which it takes and acknowledges, or the eventfd wake was written: 0, or an errno.
-int kvof_channel_wait(struct ibv_comp_channel *ch, int wake);
+enum { MAX_FILES = 16 };
+
+// Asks for events at the next completions of the queues arm and, if there are any, polls cqs as kvof_turn does. Unless it found
+// something, waits until the completion channel has an event, or the eventfd wake was written, or one of the first MAX_FILES files
+// can be read, and polls again. Returns how many completions it found, or a negative errno. Of the event, which it takes and
+// acknowledges, *event is the queue; else it is 0.
+int kvof_channel_wait(struct ibv_comp_channel *ch, int wake, uintptr_t *arm, int narm, int32_t *files, int nfiles, uintptr_t *cqs, int ncqs, int start,
+	struct ibv_wc *wc, int nwc, uintptr_t *event);
 
 // One connection manager event with what Go wants of it.
 struct kvof_cm_event {

@@ -121,7 +121,7 @@ func read(r *Request) {
 }
 
 // readPiece begins a read of one piece of memory without a goroutine that waits for it, where there is room at once: the
-// connection gets the piece from whoever takes the device's completions.
+// connection gets the piece from whoever takes the device's completions, its own reader if that is awake.
 func readPiece(r *Request) bool {
 	s := r.stream
 	if r.Batch == nil || r.ns.inline || s.left > uring.MediumBuf || !r.queue.tryReserve(r, holdFor(s.left, readHold)) {
@@ -130,13 +130,14 @@ func readPiece(r *Request) bool {
 	if r.ended == nil {
 		r.ended = r.pieceRead
 	}
-	r.Async, s.then = true, r.ended
+	s.then = r.ended
 	r.Batch.Add(s.ns.dev, s.prepare(uring.OpRead, s.ns.arena.Get(int(s.left))))
 	return true
 }
 
 // pieceRead ends readPiece.
-func (r *Request) pieceRead(err error) {
+func (r *Request) pieceRead(err error, by *uring.Batch) {
+	r.Async = by != r.Batch
 	b := r.stream.take()
 	if err != nil {
 		b.Put()
@@ -346,8 +347,8 @@ type stream struct {
 	op        uint8
 	off, left int64 // the part not yet started
 	control   uint16
-	err       error       // the first
-	then      func(error) // ends the operations; nil: they are waited for
+	err       error                     // the first
+	then      func(error, *uring.Batch) // ends the operations; nil: they are waited for
 
 	ops        [window]uring.Op
 	bufs       [window]uring.Buf

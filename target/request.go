@@ -36,7 +36,7 @@ type Request struct {
 	Length uint32            // bytes of data that the command's SGL describes
 	Inline []byte            // data that came in the capsule; the transport's memory, valid only during Execute, but for:
 	Stays  bool              // Inline is valid until Conn.Complete
-	Batch  *uring.Batch      // the reader's own, or nil: reads may be added, which it submits when it has no more commands at hand
+	Batch  *uring.Batch      // the reader's own, or nil: reads may be added, which it submits when it has no more commands at hand, and reaps
 	Tag    uint16            // index of the request in its queue: for the transport's own use, such as a TTAG
 
 	PullLength uint32 // bytes to bring, valid from Conn.Pull on
@@ -59,7 +59,7 @@ type Request struct {
 	pinned bool // reader is open until the data is out
 	stream *stream
 	ranges *ranges
-	ended  func(error) // ends a read of one piece: made once
+	ended  func(error, *uring.Batch) // ends a read of one piece: made once
 }
 
 // sink takes a command's data in order, as kvlayer.Writer does.

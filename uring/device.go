@@ -63,12 +63,13 @@ type Op struct {
 	Control   uint16 // bits 31:16 of the command's CDW12, such as FUA (bit 14) and Deallocate (bit 9)
 
 	// Then, when set, is called with the result as soon as there is one, and nobody Waits: by whoever takes the device's
-	// completions, or submits. It must not block.
-	Then func(error)
+	// completions, or submits. by is the Batch whose owner that is, or nil. It must not block.
+	Then func(err error, by *Batch)
 
 	done   chan struct{}
 	err    error
 	engine *engine   // that does it, of devices that have one
+	place  *place    // of the batch that it came by
 	next   *Op       // in the device's queue
 	began  time.Time // when its turn came, if it is paced
 	self   [1]*Op    // lets Start pass a slice without allocating one
@@ -90,31 +91,6 @@ func (o *Op) Start(d Device) {
 func (o *Op) Do(d Device) error {
 	o.Start(d)
 	return o.Wait()
-}
-
-// Batch is ops that go to a device together, in one call into the kernel. The zero value is ready; it allocates nothing.
-type Batch struct {
-	dev Device
-	ops [16]*Op
-	n   int
-}
-
-// Add adds o, for d. Ops before it that are for another device are submitted, as are more than 16.
-func (b *Batch) Add(d Device, o *Op) {
-	if d != b.dev || b.n == len(b.ops) {
-		b.Submit()
-		b.dev = d
-	}
-	b.ops[b.n] = o
-	b.n++
-}
-
-// Submit submits what was added.
-func (b *Batch) Submit() {
-	if b.n > 0 {
-		b.dev.Submit(b.ops[:b.n]...)
-		b.n = 0
-	}
 }
 
 // Wait returns o's result once it has completed: exactly once per Submit. A
@@ -140,15 +116,17 @@ func (o *Op) Begin() {
 	if o.done == nil {
 		o.done = make(chan struct{}, 1)
 	}
-	o.busy, o.err, o.engine, o.next, o.began, o.pos, o.parts, o.manual, o.alone = true, nil, nil, nil, time.Time{}, 0, 0, false, false
+	o.busy, o.err, o.engine, o.place, o.next, o.began, o.pos, o.parts, o.manual, o.alone = true, nil, nil, nil, nil, time.Time{}, 0, 0, false, false
 }
 
 // Complete ends o with err. Only implementations of Device call it, once after
 // each Begin; o may be reused by its owner from then on.
-func (o *Op) Complete(err error) {
+func (o *Op) Complete(err error) { o.complete(err, nil) }
+
+func (o *Op) complete(err error, by *Batch) {
 	if o.Then != nil {
 		o.busy = false
-		o.Then(err)
+		o.Then(err, by)
 		return
 	}
 	o.err = err

@@ -44,11 +44,10 @@ type engine struct {
 	pinned pins
 	reaped chan struct{} // closed when the completion goroutine has ended
 
-	reaping   atomic.Bool    // somebody takes completions: the completion goroutine, or a waiter
-	batch     [64]completion // whose memory this is, and yielded
-	yielded   time.Time      // when a waiter was last seen by Go's scheduler
-	entrusted bool           // with ops that nobody waits for: the completion goroutine waits for all, in the kernel
-	parked    atomic.Int32   // waiters that leave that to others; goes up with the mutex
+	reaping atomic.Bool    // somebody takes completions: the completion goroutine, a waiter, or a batch's owner
+	batch   [64]completion // whose memory this is, and yielded
+	yielded time.Time      // when a waiter was last seen by Go's scheduler
+	parked  atomic.Int32   // waiters that leave that to others, and ops that nobody waits for; goes up with the mutex
 
 	mu         sync.Mutex
 	bulk       bulk     // ops that wait for their turn
@@ -58,6 +57,7 @@ type engine struct {
 	free       []uint32 // slots to use
 	elsewhere  int      // ops in a goroutine of their own, and timers
 	submitting bool     // somebody fills entries and enters the kernel
+	owned      int      // ops that nobody waits for whose batch's owner takes their completions
 	nudging    bool     // a completion is wanted that is of no command
 	closing    bool
 	down       error // what every op ends with for now, or nil
@@ -142,10 +142,10 @@ func (q *queue) pop() *Op {
 }
 
 // complete ends all ops of the queue with the errors they have.
-func (q *queue) complete() {
+func (q *queue) complete(by *Batch) {
 	for q.head != nil {
 		o := q.pop()
-		o.Complete(o.err)
+		o.complete(o.err, by)
 	}
 }
 
@@ -170,7 +170,10 @@ func (g *engine) start(depth int) {
 }
 
 // Submit implements Device.
-func (g *engine) Submit(ops ...*Op) {
+func (g *engine) Submit(ops ...*Op) { g.submit(nil, ops) }
+
+// submit is Submit for a batch that has the place p, or for none.
+func (g *engine) submit(p *place, ops []*Op) {
 	for _, o := range ops {
 		o.Begin()
 		o.engine = g
@@ -192,8 +195,11 @@ func (g *engine) Submit(ops ...*Op) {
 		} else {
 			g.add(o)
 			if o.Then != nil {
-				g.entrusted = true
-				g.entrust()
+				if p != nil {
+					g.begun(p, o)
+				}
+				g.parked.Add(1)
+				g.alert()
 			}
 		}
 	}
@@ -201,7 +207,7 @@ func (g *engine) Submit(ops ...*Op) {
 		g.kick()
 	}
 	g.mu.Unlock()
-	refused.complete()
+	refused.complete(nil)
 }
 
 // add takes an op, with the mutex.
@@ -215,14 +221,6 @@ func (g *engine) add(o *Op) {
 
 // waiting tells whether there are ops with commands to start, now or in their turn.
 func (g *engine) waiting() bool { return g.pending.head != nil || g.bulk.head != nil }
-
-// entrust leaves, with the mutex, the completion of an op to the completion goroutine, as a waiter that parks does.
-func (g *engine) entrust() {
-	g.parked.Add(1)
-	if !g.reaping.Load() { // who does will see that there is more
-		g.notify()
-	}
-}
 
 // kick moves pending ops into the ring as far as there are slots. Callers hold
 // g.mu, which it gives up while in the kernel; a caller that finds another
@@ -252,8 +250,8 @@ func (g *engine) kick() {
 	switch {
 	case g.closing && round > 0:
 		g.ring.wake() // what was submitted may have ended before, and rest found us here
-	case g.pending.head != nil && !g.reaping.Load(): // who does will see that there is more
-		g.notify()
+	case g.pending.head != nil:
+		g.alert()
 	}
 }
 
@@ -276,7 +274,7 @@ func (g *engine) await(o *Op) {
 			return
 		}
 		for len(o.done) == 0 {
-			if g.harvest() > 0 {
+			if g.harvest(nil) > 0 {
 				continue
 			}
 			if g.parked.Load() > 0 {
@@ -308,12 +306,12 @@ func (g *engine) park(o *Op) {
 	}
 	g.parked.Add(1)
 	mine := !g.polled && g.ring.completed() && g.reaping.CompareAndSwap(false, true)
-	if !mine && !g.reaping.Load() { // who does will see that we wait
-		g.notify()
+	if !mine {
+		g.alert()
 	}
 	g.mu.Unlock()
 	if mine {
-		g.harvest()
+		g.harvest(nil)
 		g.release()
 	}
 	<-o.done
@@ -326,19 +324,23 @@ func (g *engine) release() {
 	g.reaping.Store(false)
 	if g.closing {
 		g.ring.wake()
-	} else if g.needed() {
-		g.notify()
+	} else {
+		g.alert()
 	}
 	g.mu.Unlock()
 }
 
 // needed tells, with the mutex, whether somebody relies on the completion goroutine.
 func (g *engine) needed() bool {
-	return g.parked.Load() > 0 || g.waiting() || len(g.again) > 0 || g.closing
+	return int(g.parked.Load()) > g.owned || g.owned == 0 && g.waiting() || len(g.again) > 0 || g.closing
 }
 
-// notify has, with the mutex, the completion goroutine told of completions, those that are there among them.
-func (g *engine) notify() {
+// alert has, with the mutex, the completion goroutine told of completions, those that are there among them, if it is needed and
+// nobody takes them now: who does will see that there is more.
+func (g *engine) alert() {
+	if g.reaping.Load() || !g.needed() {
+		return
+	}
 	g.ring.hush(false)
 	if g.polled || g.ring.completed() {
 		g.ring.wake()
@@ -413,7 +415,7 @@ func (g *engine) run() {
 	for {
 		n := 0
 		if g.reaping.CompareAndSwap(false, true) {
-			n = g.harvest()
+			n = g.harvest(nil)
 			g.reaping.Store(false)
 		}
 		if n == 0 && g.rest() {
@@ -422,8 +424,8 @@ func (g *engine) run() {
 	}
 }
 
-// harvest takes completions, and returns how many. Its caller has set reaping.
-func (g *engine) harvest() int {
+// harvest takes completions, for by or for nobody, and returns how many. Its caller has set reaping.
+func (g *engine) harvest(by *Batch) int {
 	n := g.ring.reap(g.batch[:])
 	if n == 0 {
 		return 0
@@ -437,7 +439,7 @@ func (g *engine) harvest() int {
 	}
 	g.kick() // continues short transfers, and fills the slots set free
 	g.mu.Unlock()
-	done.complete()
+	done.complete(by)
 	return n
 }
 
@@ -448,6 +450,7 @@ func (g *engine) take(c completion, done *queue) {
 	case v == given:
 		if s.op.Then != nil {
 			g.parked.Add(-1)
+			g.over(s.op)
 		}
 		*s = slot{}
 		g.free = append(g.free, c.slot)
@@ -508,6 +511,7 @@ func (g *engine) end(o *Op, done *queue) {
 	}
 	if o.Then != nil {
 		g.parked.Add(-1)
+		g.over(o)
 	}
 	done.push(o)
 }
@@ -532,7 +536,7 @@ func (g *engine) fail(err error) {
 		g.again = g.again[:0]
 	}
 	g.mu.Unlock()
-	done.complete()
+	done.complete(nil)
 	g.mu.Lock()
 	g.nudge()
 	g.mu.Unlock()
@@ -544,17 +548,13 @@ func (g *engine) rest() (over bool) {
 	g.mu.Lock()
 	g.kick()
 	needed := g.needed()
-	taken := g.reaping.Load() // by a waiter, who sees to it that we are told when it stops
-	stay := g.entrusted && !g.closing && !g.polled && g.reaping.CompareAndSwap(false, true)
-	g.ring.hush(!needed || taken || stay)
+	taken := g.reaping.Load() // by others, who see to it that we are told when they stop
+	g.ring.hush(!needed || taken)
 	idle := !g.submitting && g.ring.ready() == 0 && len(g.free) == len(g.slots)
 	over = g.closing && idle && g.elsewhere == 0 && !g.waiting() && g.reaping.CompareAndSwap(false, true) // for ever
 	g.mu.Unlock()
 	switch {
 	case over:
-	case stay:
-		g.block()
-		g.reaping.Store(false)
 	case needed && g.polled && !idle:
 		g.ring.poll()
 	default:

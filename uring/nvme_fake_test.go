@@ -38,6 +38,7 @@ type fakeDrive struct {
 	filled, taken int
 	done          []completion
 	arrived       sync.Cond // more is done
+	readable      int       // an eventfd, while something is
 	hushed        bool
 	signals       int // given while not hushed
 	event         chan struct{}
@@ -62,6 +63,11 @@ func newFakeDrive(t testing.TB, lba int64) *fakeDrive {
 	f := &fakeDrive{t: t, lba: lba, limit: 128 << 10, scattered: 128 << 10, oncs: allONCS, mem: make([]byte, testSize), event: make(chan struct{}, 1),
 		chunks: map[int][]byte{}, file: -1}
 	f.arrived.L = &f.mu
+	var err error
+	if f.readable, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(f.readable) })
 	return f
 }
 
@@ -171,6 +177,7 @@ func (f *fakeDrive) submit() error {
 	}
 	rand.Shuffle(len(f.done), func(i, j int) { f.done[i], f.done[j] = f.done[j], f.done[i] })
 	f.arrived.Broadcast()
+	f.show()
 	if !f.hushed {
 		f.signals++
 		f.wake()
@@ -183,11 +190,22 @@ func (f *fakeDrive) reap(into []completion) int {
 	defer f.mu.Unlock()
 	n := copy(into, f.done)
 	f.done = f.done[n:]
+	f.show()
 	return n
 }
 
-func (f *fakeDrive) sleep() { <-f.event }
-func (f *fakeDrive) poll()  {}
+// show has the descriptor say whether something is done.
+func (f *fakeDrive) show() {
+	var count [8]byte
+	_, _ = unix.Read(f.readable, count[:])
+	if len(f.done) > 0 {
+		_, _ = unix.Write(f.readable, oneEvent)
+	}
+}
+
+func (f *fakeDrive) sleep()            { <-f.event }
+func (f *fakeDrive) poll()             {}
+func (f *fakeDrive) descriptor() int32 { return int32(f.readable) }
 
 func (f *fakeDrive) hush(on bool) {
 	f.mu.Lock()

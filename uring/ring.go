@@ -38,6 +38,8 @@ type queues interface {
 	completed() bool
 	// block waits in the kernel until there is, or a signal came. Only for who reaps.
 	block()
+	// descriptor can be read, to poll(2), when there is something to reap; -1: there is none.
+	descriptor() int32
 	// poll looks for completions at the drive, where nobody is told of any.
 	poll()
 	// reserve makes n empty slots for registered buffers.
@@ -201,6 +203,8 @@ func (r *ring) poll() { _, _ = r.r.GetEvents() }
 
 // block needs no loop for EINTR: its caller has one.
 func (r *ring) block() { _, _ = r.r.Enter(0, 1, giouring.EnterGetEvents, nil) }
+
+func (r *ring) descriptor() int32 { return int32(r.inner().fd) }
 
 func (r *ring) completed() bool { return r.r.CQReady() > 0 }
 

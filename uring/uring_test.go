@@ -206,7 +206,7 @@ func TestThen(t *testing.T) {
 		defer b.Put()
 		for i := range all {
 			o := &all[i]
-			o.Kind, o.Off, o.Data, o.Then = OpRead, int64(i)*4096, b.Data[:4096], func(err error) { ended <- err }
+			o.Kind, o.Off, o.Data, o.Then = OpRead, int64(i)*4096, b.Data[:4096], func(err error, _ *Batch) { ended <- err }
 			if i%10 == 0 {
 				o.Off = testSize // outside
 			}

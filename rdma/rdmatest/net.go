@@ -379,12 +379,10 @@ func (s *srq) Close() error {
 
 // channel implements rdma.Channel.
 type channel struct {
-	dev    *Device
-	cqs    []*cq
-	at     int
-	event  chan struct{}
-	closed chan struct{}
-	once   sync.Once
+	dev  *Device
+	cqs  []*cq
+	at   int
+	bell *Bell
 }
 
 // cq implements rdma.CQ.
@@ -406,8 +404,12 @@ type entry struct {
 func (d *Device) NewChannel() (rdma.Channel, error) {
 	d.net.mu.Lock()
 	defer d.net.mu.Unlock()
+	bell, err := NewBell()
+	if err != nil {
+		return nil, err
+	}
 	d.open++
-	return &channel{dev: d, event: make(chan struct{}, 1), closed: make(chan struct{})}, nil
+	return &channel{dev: d, bell: bell}, nil
 }
 
 func (c *channel) NewCQ(depth int) (rdma.CQ, error) {
@@ -446,30 +448,26 @@ func (c *channel) Turn(b *rdma.Batch, wc []rdma.WC) int {
 	return n
 }
 
-func (c *channel) Wait() error {
-	select {
-	case <-c.event:
-		return nil
-	case <-c.closed:
-		return rdma.ErrClosed
+func (c *channel) Wait(arm []rdma.CQ, files []int32, wc []rdma.WC) (int, error) {
+	for _, q := range arm {
+		_ = q.Arm()
 	}
+	if n := c.Turn(nil, wc); n > 0 {
+		return n, nil
+	}
+	if err := c.bell.Wait(files); err != nil {
+		return 0, err
+	}
+	return c.Turn(nil, wc), nil
 }
 
-func (c *channel) Wake() {
-	select {
-	case c.event <- struct{}{}:
-	default:
-	}
-}
+func (c *channel) Wake() { c.bell.Ring() }
 
 func (c *channel) Close() error {
-	c.once.Do(func() {
-		close(c.closed)
-		c.dev.net.mu.Lock()
-		c.dev.open--
-		c.dev.net.mu.Unlock()
-	})
-	return nil
+	c.dev.net.mu.Lock()
+	defer c.dev.net.mu.Unlock()
+	c.dev.open--
+	return c.bell.Close()
 }
 
 func (q *cq) Arm() error {

@@ -12,6 +12,7 @@ import (
 	"github.com/kvof/kvof/configs"
 	"github.com/kvof/kvof/nvmeof"
 	"github.com/kvof/kvof/rdma"
+	"github.com/kvof/kvof/rdma/rdmatest"
 	"github.com/kvof/kvof/target"
 	"github.com/kvof/kvof/uring"
 )
@@ -21,7 +22,7 @@ import (
 type nullDevice struct {
 	caps   rdma.Caps
 	ended  chan struct{}
-	wake   chan struct{}
+	bell   *rdmatest.Bell
 	answer chan nvmeof.Completion
 
 	mu    sync.Mutex
@@ -38,7 +39,11 @@ type nullRecv struct {
 }
 
 func newNullDevice() *nullDevice {
-	d := &nullDevice{ended: make(chan struct{}), wake: make(chan struct{}, 1), answer: make(chan nvmeof.Completion, hostDepth),
+	bell, err := rdmatest.NewBell()
+	if err != nil {
+		panic(err)
+	}
+	d := &nullDevice{ended: make(chan struct{}), bell: bell, answer: make(chan nvmeof.Completion, hostDepth),
 		recvs: make([]nullRecv, 0, 1<<16), wcs: make([]rdma.WC, 0, 1024)}
 	d.caps = rdma.Caps{MaxQP: 1, MaxQPWR: 1024, MaxSGE: 16, MaxSGERead: 16, MaxCQE: 1 << 16, MaxMRSize: 1 << 40, MaxMessage: 1 << 31, MaxInitiator: 16, MaxSRQ: 4, MaxSRQWR: 4096, MaxSRQSGE: 1}
 	return d
@@ -113,10 +118,7 @@ func (d *nullDevice) Post(b *rdma.Batch) {
 
 func (d *nullDevice) complete(wc rdma.WC) {
 	d.wcs = append(d.wcs, wc)
-	select {
-	case d.wake <- struct{}{}:
-	default:
-	}
+	d.bell.Ring()
 }
 
 // hold keeps the completions of sends back, until it is called with false.
@@ -144,18 +146,21 @@ func (d *nullDevice) send(c *nvmeof.Command, data []byte) {
 type nullChannel nullDevice
 
 func (c *nullChannel) NewCQ(int) (rdma.CQ, error) { return nullQueue{}, nil }
-func (c *nullChannel) Close() error               { return nil }
-func (c *nullChannel) Wait() error                { <-c.wake; return nil }
-func (c *nullChannel) Wake() {
-	select {
-	case c.wake <- struct{}{}:
-	default:
+func (c *nullChannel) Close() error               { return c.bell.Close() }
+func (c *nullChannel) Wake()                      { c.bell.Ring() }
+
+func (c *nullChannel) Wait(_ []rdma.CQ, files []int32, wc []rdma.WC) (int, error) {
+	if err := c.bell.Wait(files); err != nil {
+		return 0, err
 	}
+	return c.Turn(nil, wc), nil
 }
 
 func (c *nullChannel) Turn(b *rdma.Batch, wc []rdma.WC) int {
 	d := (*nullDevice)(c)
-	d.Post(b)
+	if b != nil {
+		d.Post(b)
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	n := copy(wc, d.wcs)

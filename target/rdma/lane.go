@@ -21,7 +21,8 @@ const (
 	sendDepth = 2 * recvDepth
 
 	// yieldEvery is how long a lane may only ever wait in the kernel: a goroutine that Go's scheduler does not see for 10 ms has
-	// the runtime's monitor look every 20 us for a while.
+	// the runtime's monitor look every 20 us for a while. It is twice that while reads are in flight: the goroutine often goes on in
+	// another thread, and the kernel ends a read in the one that began it.
 	yieldEvery = 4 * time.Millisecond
 
 	// lateTime is how long the end of a send that nobody waits for may go unnoticed.
@@ -56,7 +57,9 @@ type lane struct {
 	posting []*conn     // have a chain in batch
 	chains  []int       // of those
 	ended   []entry     // scratch
-	reads   uring.Batch // that the commands of this turn begin
+	reads   uring.Batch // that commands begin
+	arms    []rdma.CQ   // scratch
+	files   []int32     // scratch
 	score   int
 	yielded time.Time // when Go's scheduler was last given a turn
 
@@ -99,7 +102,7 @@ func newLane(d *device) (*lane, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &lane{dev: d, ch: ch, done: make(chan struct{}), conns: map[uint32]*conn{}}
+	l := &lane{dev: d, ch: ch, done: make(chan struct{}), conns: map[uint32]*conn{}, files: make([]int32, 0, rdma.MaxFiles)}
 	l.lag = time.AfterFunc(time.Hour, func() {
 		l.lagging.Store(false)
 		l.overdue.Store(true)
@@ -286,12 +289,12 @@ func (l *lane) close() error {
 func (l *lane) run() {
 	defer close(l.done)
 	idle, since := false, time.Time{}
-	for {
-		n := l.turn()
+	for n := 0; ; {
+		l.take(n)
 		if l.ordered.Load() && l.orders() {
 			return
 		}
-		if busy := n > 0 || len(l.dirty) > 0 || !l.batch.Empty(); busy == idle {
+		if busy := n == len(l.wc) || len(l.dirty) > 0 || !l.batch.Empty(); busy == idle {
 			if idle = !busy; idle {
 				since = time.Now()
 				l.dev.spinners.Add(1)
@@ -301,34 +304,31 @@ func (l *lane) run() {
 		}
 		switch {
 		case !idle:
+			n = l.turn()
 		case l.score >= spinScore/2 && time.Since(since) < spinTime && int(l.dev.spinners.Load()) <= max(1, runtime.GOMAXPROCS(0)/2):
 			runtime.Gosched()
+			n = l.turn()
 		default:
 			l.dev.spinners.Add(-1)
 			idle = false
-			l.sleep()
+			n = l.sleep()
 		}
 	}
 }
 
-// sleep waits for the next completion, unless one came meanwhile.
-func (l *lane) sleep() {
+// sleep waits for the next completion, of the device or of a drive that this lane reads from, and returns how many of the device it
+// took.
+func (l *lane) sleep() int {
+	l.arm()
 	defer l.awake()
-	if err := l.arm(); err != nil {
-		l.dev.lost("arming a completion queue failed: " + err.Error())
-		time.Sleep(time.Millisecond)
-		return
-	}
-	if l.turn() > 0 || l.ordered.Load() {
-		return
-	}
 	l.dev.sleeps.Add(1)
 	start := time.Now()
-	if start.Sub(l.yielded) > yieldEvery {
+	if late := start.Sub(l.yielded); late > 2*yieldEvery || late > yieldEvery && !l.reads.Busy() {
 		l.yielded = start
 		runtime.Gosched()
 	}
-	if err := l.ch.Wait(); err != nil {
+	n, err := l.ch.Wait(l.arms, l.reads.Hold(l.files[:0]), l.wc[:])
+	if err != nil {
 		l.dev.lost("waiting for completions failed: " + err.Error())
 		time.Sleep(time.Millisecond)
 	}
@@ -337,32 +337,30 @@ func (l *lane) sleep() {
 	} else {
 		l.score = max(l.score-2, 0)
 	}
+	l.dev.completions.Add(uint64(n))
+	return n
 }
 
-// arm asks to be woken by the next receive and, where somebody waits for the end of a send, by that.
-func (l *lane) arm() error {
+// arm lists what to be woken by: the next receive and, where somebody waits for the end of a send, that.
+func (l *lane) arm() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.arms = l.arms[:0]
 	late, overdue := false, l.overdue.Swap(false)
 	for _, s := range l.shards {
 		if s == nil {
 			continue
 		}
-		if err := s.recvs.Arm(); err != nil {
-			return err
-		}
+		l.arms = append(l.arms, s.recvs)
 		s.quiet.Store(true)
-		if s.awaited.Load() > 0 || overdue && s.unawaited.Load() > 0 {
-			if err := s.arm(); err != nil {
-				return err
-			}
+		if (s.awaited.Load() > 0 || overdue && s.unawaited.Load() > 0) && s.quiet.CompareAndSwap(true, false) {
+			l.arms = append(l.arms, s.sends)
 		}
 		late = late || s.unawaited.Load() > 0
 	}
 	if late {
 		l.later()
 	}
-	return nil
 }
 
 // awake ends what arm began.
@@ -393,7 +391,7 @@ func (l *lane) orders() (end bool) {
 	return end
 }
 
-// turn posts what is ready, in one call with the poll for completions, and handles those. It returns how many there were.
+// turn posts what is ready, in one call with the poll for completions, and returns how many of those there are.
 func (l *lane) turn() int {
 	l.gather()
 	n := l.ch.Turn(&l.batch, l.wc[:])
@@ -402,11 +400,16 @@ func (l *lane) turn() int {
 	if n > 0 {
 		l.dev.completions.Add(uint64(n))
 	}
+	return n
+}
+
+// take handles n completions, and those of drives.
+func (l *lane) take(n int) {
 	for i := range l.wc[:n] {
 		l.handle(&l.wc[i])
 	}
 	l.reads.Submit()
-	return n
+	l.reads.Reap()
 }
 
 // gather adds the chains of queue pairs that have something to post.
