@@ -517,6 +517,7 @@ func TestOpen(t *testing.T) {
 func TestRDMA(t *testing.T) {
 	s := targettest.Serve(t, targettest.Options{RDMA: true})
 	c := open(t, Options{Targets: urlOf(s) + "|rdma://" + s.RDMA + "/" + s.NQN, DataDigest: true, verbs: s.Verbs})
+	eventually(t, "both paths", func() bool { return c.Counters().PathsUp == 2 })
 	v := random(3<<20 + 100)
 	in, out := bytes.Clone(v), make([]byte, len(v)+1000)
 	if err := c.Register(in, nil); err != nil {
@@ -557,7 +558,6 @@ func TestRDMA(t *testing.T) {
 	if n := rdmaPath.beats.Load(); n < 8*6 {
 		t.Errorf("%d commands over RDMA", n)
 	}
-	eventually(t, "the path over TCP", func() bool { return c.Counters().PathsUp == 2 })
 	rdmaPath.drop(rdmaPath.live.Load(), errors.New("test"))
 	want(t, do(t, c, op(t, c, Get, long[1:]+"0", out[:len(v)]))[0], OK, uint64(len(v)))
 	eventually(t, "RDMA again, with the memory registered", func() bool { return c.Counters().PathsUp == 2 })
