@@ -6,7 +6,7 @@
 #	rounds=5 bash bench/drive.sh FOLDER
 #
 # One line for each run: size in bytes, depth, who, operations/s, MB/s, us of CPU an operation, median and 99th percentile
-# of latency in us. kvof: one operation for all of it; pieces: of 256 KiB, as a store has them; each: of one goroutine for
+# of latency in us. kvof: one operation for all of it; pieces: of 1 MiB, as a store has them; each: of one goroutine for
 # each operation in flight, as in a server; block: on the block device; store: values, verified; target: through it.
 fio_run() { # FILE SIZE DEPTH OPTION...
 	fio --name=run --filename="$1" --size=800m "${@:4}" --fixedbufs=1 --registerfiles=1 --mem=mmaphuge --rw=randread --bs="$2" --iodepth="$3" \

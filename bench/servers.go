@@ -109,7 +109,7 @@ allow_any_host = true
 nsid = 1
 type = "kv"
 device = "memory"
-size = "1GiB"
+size = "2GiB"
 [[subsystem]]
 nqn = %q
 allow_any_host = true
