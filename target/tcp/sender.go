@@ -127,12 +127,13 @@ func (s *sender) r2t(r *target.Request) (flush bool) {
 	return flush
 }
 
-// term sends a termination request, at most MaxTermSize bytes, after what is queued.
+// term sends a termination request, at most MaxTermSize bytes, after what is queued, and returns when it is out or cannot be.
 func (s *sender) term(b []byte) {
 	if p := s.add(); p != nil {
 		p.n = copy(p.head[:], b)
 		s.mu.Unlock()
 		s.flush()
+		s.settle() // somebody else may be writing
 	}
 }
 
@@ -299,13 +300,18 @@ func (s *sender) close() {
 	}
 }
 
-// stop returns when nobody writes any more, everything is given back, and the sender's goroutine has ended.
-func (s *sender) stop() {
+// settle waits until nobody is writing.
+func (s *sender) settle() {
 	s.mu.Lock()
 	for s.writing {
 		s.quiet.Wait()
 	}
 	s.mu.Unlock()
+}
+
+// stop returns when nobody writes any more, everything is given back, and the sender's goroutine has ended.
+func (s *sender) stop() {
+	s.settle()
 	close(s.wake)
 	<-s.exited
 }
