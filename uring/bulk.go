@@ -9,8 +9,9 @@ import "time"
 // What keeps a device busy is what it moves in the time that a piece takes when it has nothing else to do; twice that is let in.
 
 const (
-	// minBulk is the least that is in flight, bytes: more than what a drive of 14 GB/s moves in 140 us.
-	minBulk = 2 << 20
+	// minBulk is the least that is in flight, bytes: more than what a drive of 14 GB/s moves in 200 us, and some pieces, as
+	// each that ends alone wakes somebody for itself.
+	minBulk = 3 << 20
 	maxBulk = 64 << 20
 	// bulkPeriod is how many pieces it takes to see how fast the device is.
 	bulkPeriod = 64
