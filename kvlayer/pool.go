@@ -129,6 +129,9 @@ func OpenPool(devs []uring.Device, arena *uring.Arena, o PoolOptions) (*Pool, er
 	return p, nil
 }
 
+// piece is what an arena buffer holds of a value at most, bytes: pieces begin at multiples of it. Extents are powers of two.
+func (p *Pool) piece() int64 { return min(p.super.extent, uring.LargeBuf) }
+
 // Buffers is how many arena buffers a pool of n devices that are not memory holds.
 func Buffers(n int) (large, medium int) { return n, 1 }
 

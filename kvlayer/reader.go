@@ -247,11 +247,12 @@ func (r *Reader) Tag() uint32 { return uint32(1 + r.es[0].seq()%math.MaxUint32) 
 // flight, it waits for a buffer.
 func (r *Reader) start(must bool) {
 	p := r.s.p
+	e := p.piece()
 	for r.n < window && r.started < r.last {
-		want := min(uring.LargeBuf-r.started%uring.LargeBuf, r.last-r.started, p.super.extent-r.started%p.super.extent)
+		want := min(e-r.started%e, r.last-r.started)
 		t := &r.slots[(r.head+r.n)%window]
-		// The buffer is as if the piece began where a large one does: whoever reserves memory need not know more.
-		size := int(roundUp(want) + r.started%uring.LargeBuf)
+		// As Store.Buffered tells whoever reserves memory: as if the piece began with its buffer.
+		size := int(roundUp(want) + r.started%e)
 		if r.started+want < r.last {
 			size = uring.LargeBuf
 		}

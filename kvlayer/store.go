@@ -216,6 +216,17 @@ func (s *Store) Size(k Key) int64 {
 	return e.size()
 }
 
+// Buffered is how much arena memory bytes from to to of a value need if all of them are in it, in bytes: whole large buffers,
+// but for the last piece. Pieces end where extents do, which are smaller than that on devices of less than 32 MiB.
+func (s *Store) Buffered(from, to int64) int64 {
+	if from >= to {
+		return 0
+	}
+	e := s.p.piece()
+	n := to - from + from%e
+	return n + (n-1)/e*(uring.LargeBuf-e)
+}
+
 // Delete removes k. Once it returns, k is gone for good; Readers that have it
 // open read on. After an error of the device k is as it was, or gone, or will be after a crash.
 func (s *Store) Delete(k Key) (existed bool, err error) {

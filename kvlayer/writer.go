@@ -341,8 +341,8 @@ func (w *Writer) Ahead(off, max int) []byte {
 		return nil
 	}
 	n := min(int64(max), w.size-at)
-	e := w.s.p.super.extent
 	if w.inPlace() {
+		e := w.s.p.super.extent
 		return w.view(at, at+min(n, e-at%e))
 	}
 	if w.coming == 0 {
@@ -360,7 +360,8 @@ func (w *Writer) Ahead(off, max int) []byte {
 		if i > 0 { // w holds no more than window and one buffers
 			w.wait(&w.slots[(w.next+i-1)%window])
 		}
-		n, size := min(uring.LargeBuf, w.size-at, e-at%e), uring.LargeBuf // also for a part of it, as in Reader.start
+		e := w.s.p.piece()
+		n, size := min(w.size-at, e-at%e), uring.LargeBuf // as Store.Buffered has it
 		if at+n == w.size {
 			size = int(roundUp(n))
 		}

@@ -14,5 +14,5 @@ func (t *Target) PutDrive(nqn string, nsid uint32, drive *uring.Drive, dev func(
 	}
 }
 
-// Reads is reads.
-var Reads = reads
+// ReadsTo is readsTo.
+var ReadsTo = readsTo

@@ -5,8 +5,11 @@ import (
 	"testing"
 
 	"github.com/kvof/kvof/configs"
+	"github.com/kvof/kvof/kvlayer"
 	"github.com/kvof/kvof/nvmeof"
 	"github.com/kvof/kvof/target"
+	"github.com/kvof/kvof/uring"
+	"github.com/kvof/kvof/uring/uringtest"
 )
 
 // FuzzCommand runs arbitrary commands on an enabled controller: the first byte chooses the queue and where the data is,
@@ -133,13 +136,23 @@ func (c *fakeConn) closed() bool {
 
 // TestReads: whole pieces of 128 KiB, from the beginning of a buffer of 1 MiB on, up to the value's end.
 func TestReads(t *testing.T) {
+	dev, err := uring.NewMemory(64 << 20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.Close()
+	store, err := kvlayer.Open(dev, uringtest.NewArena(t, 16<<20), kvlayer.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
 	const kib = 1 << 10
 	for _, x := range []struct{ size, offset, limit, want int64 }{
 		{0, 0, 4096, 0}, {100, 0, 4096, 100}, {100, 0, 0, 0}, {100, 100, 4096, 0}, {100, 1<<32 - 4, 1<<32 - 1, 0},
 		{2048 * kib, 0, 48, 128 * kib}, {2048 * kib, 0, 256*kib + 4, 384 * kib}, {2048 * kib, 0, 1<<32 - 1, 2048 * kib},
 		{2048 * kib, 128 * kib, 4, 256 * kib}, {2048 * kib, 256*kib + 4, 128 * kib, 512 * kib}, {2048 * kib, 1024*kib + 4, 128 * kib, 256 * kib}, {2048*kib + 4, 2048 * kib, 4096, 4},
 	} {
-		if got := target.Reads(x.size, x.offset, x.limit); got != x.want {
+		if got := store.Buffered(x.offset, target.ReadsTo(x.size, x.offset, x.limit)); got != x.want {
 			t.Errorf("%+v: %d", x, got)
 		}
 	}

@@ -103,7 +103,7 @@ func store(r *Request) {
 	}
 	size := c.KVSize()
 	if !n.inline {
-		r.queue.reserve(r, holdFor(int64(size), writeHold))
+		r.queue.reserve(r, holdFor(n.store.Buffered(0, int64(size)), writeHold))
 	}
 	if r.writer == nil {
 		r.writer = new(kvlayer.Writer)
@@ -129,7 +129,8 @@ func retrieve(r *Request) {
 	}
 	limit := int64(c.KVSize())
 	if !n.inline {
-		r.queue.reserve(r, holdFor(reads(n.store.Size(key(c)), int64(offset), limit), readHold))
+		from := int64(offset)
+		r.queue.reserve(r, holdFor(n.store.Buffered(from, readsTo(n.store.Size(key(c)), from, limit)), readHold))
 	}
 	if r.reader == nil {
 		r.reader = new(kvlayer.Reader)
@@ -158,14 +159,13 @@ func retrieve(r *Request) {
 	r.finish(nvmeof.Success, uint32(size), tag)
 }
 
-// reads is how many bytes are read, in whole pieces, for limit bytes from offset on of a value of size bytes, counted from where
-// a large buffer begins.
-func reads(size, offset, limit int64) int64 {
+// readsTo is where reading ends, in whole pieces, that begins at offset, for limit bytes of a value of size bytes.
+func readsTo(size, offset, limit int64) int64 {
 	if offset >= size || limit == 0 {
-		return 0
+		return offset
 	}
 	end := offset + min(limit, size-offset) + kvlayer.Granularity - 1
-	return min(size, end-end%kvlayer.Granularity) - offset + offset%uring.LargeBuf
+	return min(size, end-end%kvlayer.Granularity)
 }
 
 func remove(r *Request) {

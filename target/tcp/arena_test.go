@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/kvof/kvof/configs"
 	"github.com/kvof/kvof/nvmeof"
@@ -23,6 +24,35 @@ func TestSmallArena(t *testing.T) {
 		wg.Go(func() {
 			for round := range rounds {
 				h.interleave(i, depth, round)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// Stores to a device so small that its extents end within a large buffer hold no more of these than they were promised: each has
+// one before any asks for its second.
+func TestSmallExtents(t *testing.T) {
+	const n, first = 800_000, 200_000
+	e := serve(t, 16<<20, kv(1, configs.DeviceFile, t.TempDir(), 16<<20)) // extents of 512 KiB
+	_, id := e.admin(noDigests, 0)
+	var wg sync.WaitGroup
+	for i := range 16 {
+		h := e.io(id, uint16(i+1), noDigests, 0)
+		wg.Go(func() {
+			v := pattern(uint64(i), n)
+			cmd := kvCommand(nvmeof.OpStore, 1, fmt.Sprint(i), n)
+			cmd.SetSGL(nvmeof.MakeSGL(nvmeof.SGLTransport, 0, n))
+			h.write(h.capsule(&cmd, nil))
+			tag := h.next(nvmeof.PDUR2T).TTAG()
+			for off := 0; off < n; off += first {
+				h.write(h.h2cData(0, tag, v, off, first))
+				if off == 0 {
+					time.Sleep(100 * time.Millisecond)
+				}
+			}
+			if st := h.next(nvmeof.PDUCapsuleResp).cqe.Status(); st != nvmeof.Success {
+				t.Error(st)
 			}
 		})
 	}
