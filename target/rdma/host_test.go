@@ -101,7 +101,7 @@ func (e *env) quiet(controllers int) {
 		if n := len(e.target.Status().Controllers); n != controllers {
 			return fmt.Errorf("%d controllers, not %d", n, controllers)
 		}
-		if s := e.arena.Stats(); s.Used() > e.idle.Used()+e.namespaces {
+		if s := e.arena.Stats(); s.Small.Used != e.idle.Small.Used || s.Large.Used != e.idle.Large.Used || s.Medium.Used > e.idle.Medium.Used+e.namespaces {
 			return fmt.Errorf("arena: %+v in use, %+v at the start", s, e.idle)
 		}
 		if controllers > 0 {

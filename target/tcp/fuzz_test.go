@@ -103,7 +103,7 @@ func FuzzConnection(f *testing.F) {
 			n := len(e.l.conns)
 			e.l.mu.Unlock()
 			s := e.arena.Stats()
-			if n == 2 && s.Used() <= e.idle.Used()+e.namespaces {
+			if n == 2 && s.Small.Used == e.idle.Small.Used && s.Large.Used == e.idle.Large.Used && s.Medium.Used <= e.idle.Medium.Used+e.namespaces {
 				return
 			}
 			if time.Now().After(end) {

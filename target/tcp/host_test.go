@@ -83,7 +83,7 @@ func (e *env) quiet(controllers int) {
 			return fmt.Errorf("%d controllers, not %d", n, controllers)
 		}
 		// A namespace keeps the buffer of its first Compare.
-		if s := e.arena.Stats(); s.Used() > e.idle.Used()+e.namespaces {
+		if s := e.arena.Stats(); s.Small.Used != e.idle.Small.Used || s.Large.Used != e.idle.Large.Used || s.Medium.Used > e.idle.Medium.Used+e.namespaces {
 			return fmt.Errorf("arena: %+v in use, %+v at the start", s, e.idle)
 		}
 		return nil
