@@ -942,6 +942,9 @@ func (c *channel) Wait(arm []CQ, files []int32, wc []WC) (int, error) {
 		}
 	}
 	if n < 0 {
+		for _, q := range arm { // not all may be
+			q.(*completions).armed.Store(false)
+		}
 		return 0, syscall.Errno(-n)
 	}
 	return int(n), nil
