@@ -203,7 +203,6 @@ func (f *fakeDrive) show() {
 	}
 }
 
-func (f *fakeDrive) sleep()            { <-f.event }
 func (f *fakeDrive) poll()             {}
 func (f *fakeDrive) descriptor() int32 { return int32(f.readable) }
 
@@ -211,6 +210,15 @@ func (f *fakeDrive) hush(on bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.hushed = on
+}
+
+func (f *fakeDrive) sleep() {
+	f.mu.Lock()
+	there := len(f.done) > 0 && !f.hushed
+	f.mu.Unlock()
+	if !there {
+		<-f.event
+	}
 }
 
 func (f *fakeDrive) completed() bool {
