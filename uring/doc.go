@@ -9,7 +9,7 @@
 // their ops under a mutex and the first of them becomes the submitter, who
 // fills submission queue entries and enters the kernel for all: a lone op costs
 // one system call, and under contention calls batch by themselves. A goroutine
-// that waits while no other does takes completions itself and waits for them in
+// that waits while no other does, or lately did, takes completions itself and waits for them in
 // the kernel. Where several wait, one goroutine per ring takes them; it sleeps
 // in Go's netpoller on the eventfd registered with the ring, which nobody ever
 // reads as the poller is edge-triggered, so an idle device costs no CPU.

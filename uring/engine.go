@@ -23,6 +23,9 @@ const (
 	// while, at up to a third of all the CPU time of large reads.
 	yieldEvery = 4 * time.Millisecond
 
+	// companyFor is how many waiters leave completions to the completion goroutine after several have waited at a time.
+	companyFor = 64
+
 	defaultDepth = 256
 	maxDepth     = 16384
 )
@@ -47,6 +50,7 @@ type engine struct {
 	reaping atomic.Bool    // somebody takes completions: the completion goroutine, a waiter, or a batch's owner
 	batch   [64]completion // whose memory this is, and yielded
 	yielded time.Time      // when a waiter was last seen by Go's scheduler
+	company atomic.Int32   // how many waiters will believe that they are not alone
 	parked  atomic.Int32   // waiters that leave that to others, and ops that nobody waits for; goes up with the mutex
 
 	mu         sync.Mutex
@@ -265,11 +269,11 @@ func (g *engine) returned() {
 }
 
 // await returns when o has ended. A waiter that is alone takes completions itself, and waits for them in the kernel:
-// nobody else needs to be woken for them, and the eventfd is not used. Where several wait, as in a busy server, the
-// completion goroutine does it for all, and none of them holds a thread.
+// nobody else needs to be woken for them, and the eventfd is not used. Where several wait, or lately did, as in a busy server,
+// the completion goroutine does it for all: none of them holds a thread, nor has the runtime's monitor look after it.
 func (g *engine) await(o *Op) {
 	for len(o.done) == 0 {
-		if g.parked.Load() > 0 || !g.reaping.CompareAndSwap(false, true) {
+		if !g.alone() {
 			g.park(o)
 			return
 		}
@@ -285,6 +289,19 @@ func (g *engine) await(o *Op) {
 		g.release()
 	}
 	<-o.done
+}
+
+// alone has its caller take completions, if nobody else waits for any, or lately did.
+func (g *engine) alone() bool {
+	switch {
+	case g.parked.Load() > 0 || g.reaping.Load():
+		g.company.Store(companyFor)
+		return false
+	case g.company.Load() > 0:
+		g.company.Add(-1)
+		return false
+	}
+	return g.reaping.CompareAndSwap(false, true)
 }
 
 // block waits in the kernel for a completion. Its caller has set reaping.

@@ -368,6 +368,32 @@ func TestWaiters(t *testing.T) {
 	wg.Wait()
 }
 
+// TestAlone: once several have waited at a time, the next ones do not believe that they are alone.
+func TestAlone(t *testing.T) {
+	var g engine
+	if !g.alone() || !g.reaping.Load() {
+		t.Error("a waiter that is alone leaves completions to others")
+	}
+	for name, crowd := range map[string]func(bool){
+		"completions are taken": func(on bool) { g.reaping.Store(on) },
+		"others wait":           func(on bool) { g.reaping.Store(false); g.parked.Store(map[bool]int32{true: 1}[on]) },
+	} {
+		crowd(true)
+		if g.alone() {
+			t.Errorf("alone, and %s", name)
+		}
+		crowd(false)
+		for i := range companyFor {
+			if g.alone() {
+				t.Fatalf("alone %d waiters after %s", i, name)
+			}
+		}
+		if !g.alone() {
+			t.Errorf("not alone for long after %s", name)
+		}
+	}
+}
+
 // TestGone pulls the drive out under load, and puts it back.
 func TestGone(t *testing.T) {
 	f := newFakeDrive(t, 512)

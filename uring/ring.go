@@ -2,7 +2,6 @@ package uring
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"os"
 	"runtime"
@@ -28,8 +27,8 @@ type queues interface {
 	submit() error
 	// reap takes what has completed, as far as into holds it.
 	reap(into []completion) int
-	// sleep returns after completions arrived, or wake was called, since it
-	// last returned.
+	// sleep returns when there are completions that it is told of, or wake was
+	// called, since it last returned.
 	sleep()
 	wake()
 	// hush stops, or resumes, sleep's being told of completions.
@@ -98,7 +97,7 @@ type params struct {
 var _ = [1]struct{}{}[unsafe.Sizeof(params{})-unsafe.Sizeof(giouring.Params{})]
 
 // innerRing and innerQueue are giouring.Ring and its SubmissionQueue, which
-// keep to themselves what close, hush and registerFile need.
+// keep to themselves what submit, close, hush and registerFile need.
 type innerRing struct {
 	sq    *innerQueue
 	cq    *innerCompletions
@@ -108,9 +107,11 @@ type innerRing struct {
 }
 
 type innerQueue struct {
-	_, _, _, entries, _, _, _ *uint32
-	sqes                      unsafe.Pointer
-	_                         [4]uint64
+	_, tail, _, entries, flags, _, _ *uint32
+	sqes                             unsafe.Pointer
+	_                                [2]uint64
+	sqeHead, sqeTail                 uint32
+	_                                uint64
 }
 
 type innerCompletions struct {
@@ -164,10 +165,19 @@ func (r *ring) sqe() *giouring.SubmissionQueueEntry {
 
 func (r *ring) ready() uint32 { return r.r.SQReady() }
 
+// submit is giouring's Submit, without a word to Go's scheduler: the call does not wait, and to announce it (syscall.Syscall)
+// would wake the scheduler's monitor for each operation of a server that is not busy.
 func (r *ring) submit() error {
-	for r.r.SQReady() > 0 {
-		if _, err := r.r.Submit(); err != nil && !errors.Is(err, unix.EINTR) {
-			return err
+	q := r.inner().sq
+	q.sqeHead = q.sqeTail
+	atomic.StoreUint32(q.tail, q.sqeTail)
+	for n := r.r.SQReady(); n > 0; n = r.r.SQReady() {
+		var flags uint32
+		if r.flags&giouring.SetupIOPoll != 0 || atomic.LoadUint32(q.flags)&(giouring.SQCQOverflow|giouring.SQTaskrun) != 0 {
+			flags = giouring.EnterGetEvents
+		}
+		if _, _, e := syscall.RawSyscall6(unix.SYS_IO_URING_ENTER, uintptr(r.inner().fd), uintptr(n), 0, uintptr(flags), 0, 0); e != 0 && e != unix.EINTR {
+			return e
 		}
 	}
 	return nil
