@@ -14,6 +14,7 @@ import (
 	"syscall"
 	"unsafe"
 
+	"github.com/kvof/kvof/internal/sock"
 	"github.com/kvof/kvof/nvmeof"
 	"golang.org/x/sys/unix"
 )
@@ -319,7 +320,7 @@ func (d *Device) call(request uintptr, cmd *nvmeof.Command, data data, s *device
 	case len(data.pieces) > 0:
 		request = ioctlIOVec
 		for _, p := range data.pieces {
-			s.vecs = append(s.vecs, vec(p))
+			s.vecs = append(s.vecs, sock.Vec(p))
 		}
 		s.addr, s.dataLen = unsafe.Pointer(&s.vecs[0]), uint32(len(s.vecs))
 	case len(data.buf) > 0:

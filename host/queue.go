@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/kvof/kvof/internal/sock"
 	"github.com/kvof/kvof/nvmeof"
 )
 
@@ -25,7 +26,7 @@ const (
 type tcpQueue struct {
 	id        uint16
 	conn      *net.TCPConn
-	sock      *socket
+	sock      *sock.Conn
 	dg        nvmeof.Digests
 	align     int // of data in PDUs that the host sends, bytes (CPDA)
 	maxData   int // data bytes in one H2CData PDU (MAXH2CDATA)
@@ -84,16 +85,16 @@ const maxAlign = 128
 
 // start completes a queue whose connection is set up and starts its goroutines.
 func (q *tcpQueue) start(depth int) error {
-	sock, err := newSocket(q.conn)
+	s, err := sock.New(q.conn)
 	if err != nil {
 		return err
 	}
-	q.sock = sock
+	q.sock = s
 	q.slots = make([]slot, depth)
 	q.free = make(chan uint16, depth)
 	q.sendq = make([]uint16, 0, depth)
 	q.out.init(depth)
-	q.in.init(sock)
+	q.in.init()
 	q.kick, q.dead = make(chan struct{}, 1), make(chan struct{})
 	for i := range q.slots {
 		q.slots[i].index, q.slots[i].cid = uint16(i), uint16(i)

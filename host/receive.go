@@ -8,13 +8,13 @@ import (
 	"os"
 	"time"
 
+	"github.com/kvof/kvof/internal/sock"
 	"github.com/kvof/kvof/nvmeof"
 )
 
 // inbox buffers what arrives ahead of its place: PDU headers, and the data of small PDUs, which are then copied.
 // The data of large PDUs goes from the socket to where it belongs.
 type inbox struct {
-	sock *socket
 	buf  []byte
 	r, w int
 	// ahead is how much to read beyond what is needed now. After a large PDU it is little, since what follows is
@@ -29,7 +29,7 @@ const (
 	largePDU   = 32 << 10
 )
 
-func (b *inbox) init(s *socket) { b.sock, b.buf, b.ahead = s, make([]byte, inboxSize), inboxSize }
+func (b *inbox) init() { b.buf, b.ahead = make([]byte, inboxSize), inboxSize }
 
 // receive runs until the connection ends, and then finishes all commands.
 func (q *tcpQueue) receive() {
@@ -62,9 +62,8 @@ func (q *tcpQueue) sendTerm(e *nvmeof.TermError) {
 	}
 	q.sending = true // for good
 	q.mu.Unlock()
-	q.out.vecs[0] = vec(nvmeof.AppendTerm(nil, nvmeof.PDUH2CTermReq, e, q.in.last[:]))
-	q.sock.wvec = q.out.vecs[:1]
-	_ = q.sock.write(false) // best effort
+	q.out.vecs[0] = sock.Vec(nvmeof.AppendTerm(nil, nvmeof.PDUH2CTermReq, e, q.in.last[:]))
+	_, _ = q.sock.Write(q.out.vecs[:1], false) // best effort
 	q.fail(fmt.Errorf("%w: %w: %w", ErrConnectionLost, ErrProtocol, e))
 	q.abandon()
 }
@@ -87,10 +86,10 @@ func (q *tcpQueue) peek(n int) ([]byte, error) {
 	return b.buf[b.r:][:n], nil
 }
 
-// read is socket.read, except that a passed deadline only says that a command was cancelled.
+// read is sock.Conn.Read of what is owed, a, except that a passed deadline only says that a command was cancelled.
 func (q *tcpQueue) read(a, b []byte) (int, error) {
 	for {
-		n, err := q.sock.read(a, b)
+		n, err := q.sock.Read(a, b, max(1, len(a)))
 		if !errors.Is(err, os.ErrDeadlineExceeded) {
 			return n, err
 		}

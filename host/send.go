@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 
+	"github.com/kvof/kvof/internal/sock"
 	"github.com/kvof/kvof/nvmeof"
 	"golang.org/x/sys/unix"
 )
@@ -15,6 +16,7 @@ type outbox struct {
 	pos   int
 	ready []uint16 // whose last byte is in vecs
 	vecs  [maxVecs]unix.Iovec
+	left  []unix.Iovec // of these, to be sent
 	n     int
 	bytes int
 	hdrs  [maxVecs / 2][nvmeof.DataPDUSize + nvmeof.DigestSize + maxAlign]byte
@@ -27,9 +29,10 @@ func (o *outbox) init(depth int) {
 	o.ready = make([]uint16, 0, depth)
 }
 
-// Bytes gathered into one write. With data digests it is small, so that what was summed is still in the cache when
+// What is gathered into one write: pieces, and bytes. With data digests it is small, so that what was summed is still in the cache when
 // the kernel copies it.
 const (
+	maxVecs        = 128
 	maxWrite       = 4 << 20
 	maxWriteDigest = 256 << 10
 )
@@ -38,8 +41,9 @@ const (
 // set, and leaves the rest to the writer goroutine otherwise.
 func (q *tcpQueue) flush(wait bool) {
 	for q.gather() {
-		err := q.sock.write(wait)
-		if err == nil && len(q.sock.wvec) > 0 { // would wait
+		var err error
+		q.out.left, err = q.sock.Write(q.out.left, wait)
+		if err == nil && len(q.out.left) > 0 { // would wait
 			q.mu.Lock()
 			if q.err == nil {
 				q.handed = true
@@ -79,7 +83,7 @@ func (q *tcpQueue) writer() {
 // gather prepares the next write. It lets go of the slots that are sent, and when nothing is left it gives up
 // q.sending and returns false.
 func (q *tcpQueue) gather() bool {
-	if len(q.sock.wvec) > 0 {
+	if len(q.out.left) > 0 {
 		return true // handed over
 	}
 	o := &q.out
@@ -109,7 +113,7 @@ func (q *tcpQueue) gather() bool {
 			o.pos++
 		}
 	}
-	q.sock.wvec = o.vecs[:o.n]
+	o.left = o.vecs[:o.n]
 	return true
 }
 
@@ -173,7 +177,7 @@ func (q *tcpQueue) addData(s *slot, off, n int) {
 }
 
 func (o *outbox) add(b []byte) {
-	o.vecs[o.n] = vec(b)
+	o.vecs[o.n] = sock.Vec(b)
 	o.n++
 	o.bytes += len(b)
 }
@@ -191,5 +195,5 @@ func (q *tcpQueue) abandon() {
 	}
 	o.batch, o.pos, q.sendq, q.handed = o.batch[:0], 0, q.sendq[:0], false
 	clear(o.vecs[:])
-	q.sock.wvec = nil
+	o.left = nil
 }

@@ -8,9 +8,9 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
+	"github.com/kvof/kvof/internal/sock"
 	"github.com/kvof/kvof/nvmeof"
 	"github.com/kvof/kvof/target"
 )
@@ -38,7 +38,7 @@ var setupTime = 15 * time.Second
 type conn struct {
 	l     *Listener
 	nc    net.Conn
-	raw   syscall.RawConn
+	sock  *sock.Conn
 	name  string
 	queue *target.Queue
 
@@ -51,12 +51,11 @@ type conn struct {
 	ahead     int           // bytes to read ahead
 	connected bool          // a Connect succeeded
 	want      atomic.Bool   // the host owes us bytes: the rest of a PDU
-	seen      atomic.Uint64 // bytes received and sent
-	last      uint64        // seen, when checkStall last looked
+	last      uint64        // sock.Moved, when checkStall last looked
 	still     time.Duration // for how long it has not changed
 
-	rx receiver
-	tx sender
+	spinner spinner
+	tx      sender
 
 	// Transfers from the host: requests by tag with an R2T outstanding, and those waiting for a place.
 	xmu      sync.Mutex
@@ -76,20 +75,16 @@ type transfer struct {
 }
 
 func newConn(l *Listener, nc net.Conn) (*conn, error) {
-	sc, ok := nc.(syscall.Conn)
-	if !ok {
-		return nil, fmt.Errorf("%T is no socket", nc)
-	}
-	raw, err := sc.SyscallConn()
+	s, err := sock.New(nc)
 	if err != nil {
 		return nil, err
 	}
-	c := &conn{l: l, nc: nc, raw: raw, name: nc.RemoteAddr().String(), buf: make([]byte, readBuffer), ahead: readBuffer, xfers: map[uint16]*transfer{}}
+	c := &conn{l: l, nc: nc, sock: s, name: nc.RemoteAddr().String(), buf: make([]byte, readBuffer), ahead: readBuffer, xfers: map[uint16]*transfer{}}
 	var local netip.AddrPort
 	if a, ok := nc.LocalAddr().(*net.TCPAddr); ok {
 		local = a.AddrPort()
 	}
-	c.rx.init(raw, &l.spinners)
+	c.spinner = spinner{sock: s, busy: &l.spinners}
 	c.tx.init(c)
 	c.queue = l.target.NewQueue(c, l.port, local)
 	return c, nil
@@ -415,16 +410,14 @@ func (c *conn) peek(n int) ([]byte, error) {
 		}
 		c.tx.flush()
 		b := c.buf[c.w:max(c.r+n, min(c.w+c.ahead, len(c.buf)))]
-		m := c.rx.spin(b)
-		if m > 0 {
-			c.seen.Add(uint64(m))
-		} else {
+		m := c.spinner.spin(b)
+		if m == 0 {
 			start := time.Now()
 			var err error
 			if m, err = c.read(b, 1); err != nil {
 				return nil, err
 			}
-			c.rx.waited(time.Since(start))
+			c.spinner.waited(time.Since(start))
 		}
 		c.w += m
 		c.want.Store(true) // be it a part of the first eight bytes
@@ -435,12 +428,7 @@ func (c *conn) peek(n int) ([]byte, error) {
 // read reads from the socket, having sent what has been answered; the host owes us want bytes.
 func (c *conn) read(b []byte, want int) (int, error) {
 	c.tx.flush()
-	n, err := c.rx.read(b, want)
-	if n > 0 {
-		c.seen.Add(uint64(n))
-		return n, nil
-	}
-	return 0, err
+	return c.sock.Read(b, nil, want)
 }
 
 // terminate tells the host why the connection ends, as far as it still listens.
@@ -465,9 +453,9 @@ func (c *conn) checkStall(d time.Duration) {
 	c.xmu.Lock()
 	owed := len(c.xfers) > 0
 	c.xmu.Unlock()
-	seen := c.seen.Load()
-	if !(owed || c.want.Load() || c.tx.blocked()) || seen != c.last {
-		c.last, c.still = seen, 0
+	moved := c.sock.Moved()
+	if !(owed || c.want.Load() || c.tx.blocked()) || moved != c.last {
+		c.last, c.still = moved, 0
 		return
 	}
 	if c.still += d; c.still >= c.l.stall {

@@ -2,21 +2,17 @@ package tcp
 
 import (
 	"sync"
-	"syscall"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kvof/kvof/internal/sock"
 	"github.com/kvof/kvof/nvmeof"
 	"github.com/kvof/kvof/target"
 	"github.com/kvof/kvof/uring"
 )
 
-// maxBatch is how many PDUs go into one writev: three vectors each, 1024 is the kernel's limit (UIO_MAXIOV).
-const maxBatch = 256
-
 // sender puts PDUs on the wire in order. Whoever has one queues it; whoever finds nobody writing writes all that is
-// queued in one writev. When the socket is full the rest is left to the sender's own goroutine.
+// queued together. When the socket is full the rest is left to the sender's own goroutine.
 type sender struct {
 	c *conn
 
@@ -27,15 +23,12 @@ type sender struct {
 	quiet   sync.Cond // nobody is writing any more
 
 	// Those of whoever is writing.
-	batch   []pdu
-	iov     []unix.Iovec
-	done    int // vectors of iov that are out
-	err     error
-	wait    bool // wait for the socket
-	attempt func(fd uintptr) bool
-	wake    chan struct{}
-	exited  chan struct{}
-	full    bool // written under mu
+	batch  []pdu
+	iov    []unix.Iovec // the batch's
+	left   []unix.Iovec // of these, to be sent
+	wake   chan struct{}
+	exited chan struct{}
+	full   bool // written under mu
 }
 
 // pdu is one PDU on its way out.
@@ -50,7 +43,6 @@ type pdu struct {
 
 func (s *sender) init(c *conn) {
 	s.c = c
-	s.attempt = s.try
 	s.wake = make(chan struct{}, 1)
 	s.exited = make(chan struct{})
 	s.quiet.L = &s.mu
@@ -93,7 +85,7 @@ func (c *conn) Send(r *target.Request, b uring.Buf, last bool) {
 	p.buf, p.of = b, r
 	p.tail = [4]byte{byte(digest), byte(digest >> 8), byte(digest >> 16), byte(digest >> 24)}
 	c.tx.mu.Unlock()
-	if r.Async {
+	if r.Async && !last { // else Complete, which follows at once, flushes
 		c.tx.flush()
 	}
 }
@@ -152,15 +144,15 @@ func (s *sender) flush() {
 // drain writes until nothing is queued. The caller has set writing. Without wait, it leaves a full socket to loop.
 func (s *sender) drain(wait bool) {
 	for {
-		if len(s.batch) == 0 && !s.next() {
-			return
+		if len(s.left) == 0 {
+			if !s.next() {
+				return
+			}
+			s.vectors()
 		}
-		s.wait = wait
-		if err := s.c.raw.Write(s.attempt); err != nil && s.err == nil {
-			s.err = err
-		}
-		if s.err != nil {
-			s.c.Close("writing failed: " + s.err.Error())
+		var err error
+		if s.left, err = s.c.sock.Write(s.left, wait); err != nil {
+			s.c.Close("writing failed: " + err.Error())
 			s.release()
 			s.mu.Lock()
 			s.closed = true
@@ -168,7 +160,7 @@ func (s *sender) drain(wait bool) {
 			s.discard()
 			return
 		}
-		if s.done == len(s.iov) {
+		if len(s.left) == 0 {
 			s.release()
 			continue
 		}
@@ -193,61 +185,23 @@ func (s *sender) next() bool {
 		return false
 	}
 	s.batch, s.queue = s.queue, s.batch[:0]
-	s.iov, s.done = s.iov[:0], 0
 	return true
 }
 
-// vectors describes the batch's bytes from PDU i on, as many as one writev takes, and returns the next PDU.
+// vectors describes the batch's bytes.
 func (s *sender) vectors() {
+	v := s.iov[:0]
 	for i := range s.batch {
 		p := &s.batch[i]
-		s.iov = append(s.iov, vector(p.head[:p.n]))
+		v = append(v, sock.Vec(p.head[:p.n]))
 		if len(p.buf.Data) > 0 {
-			s.iov = append(s.iov, vector(p.buf.Data))
+			v = append(v, sock.Vec(p.buf.Data))
 			if s.c.dg.Data {
-				s.iov = append(s.iov, vector(p.tail[:]))
+				v = append(v, sock.Vec(p.tail[:]))
 			}
 		}
 	}
-}
-
-func vector(b []byte) (v unix.Iovec) {
-	v.Base = unsafe.SliceData(b)
-	v.SetLen(len(b))
-	return v
-}
-
-// try writes as much of the batch as the socket takes. It is RawConn.Write's function: true ends the write.
-func (s *sender) try(fd uintptr) bool {
-	if len(s.iov) == 0 {
-		s.vectors()
-	}
-	for s.done < len(s.iov) {
-		v := s.iov[s.done:min(len(s.iov), s.done+3*maxBatch)]
-		n, _, errno := syscall.Syscall(syscall.SYS_WRITEV, fd, uintptr(unsafe.Pointer(&v[0])), uintptr(len(v)))
-		switch errno {
-		case 0:
-		case syscall.EINTR:
-			continue
-		case syscall.EAGAIN:
-			return !s.wait
-		default:
-			s.err = errno
-			return true
-		}
-		s.c.seen.Add(uint64(n))
-		for n > 0 {
-			v := &s.iov[s.done]
-			if n < uintptr(v.Len) {
-				v.Base = (*byte)(unsafe.Add(unsafe.Pointer(v.Base), n))
-				v.Len -= uint64(n)
-				break
-			}
-			n -= uintptr(v.Len)
-			s.done++
-		}
-	}
-	return true
+	s.iov, s.left = v, v
 }
 
 // release gives back what the batch held.
