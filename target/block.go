@@ -84,7 +84,7 @@ func blockCommand(r *Request) {
 		r.proceed(read)
 	case op == nvmeof.OpCompare:
 		r.detach(write) // it needs buffers, whatever the device
-	default:
+	case !writePiece(r):
 		r.proceed(write)
 	}
 }
@@ -120,25 +120,56 @@ func read(r *Request) {
 	r.complete(nvmeof.Success, 0)
 }
 
-// readPiece begins a read of one piece of memory without a goroutine that waits for it, where there is room at once: the
+// readPiece begins a Read of one piece of memory without a goroutine that waits for it, where there is room at once: the
 // connection gets the piece from whoever takes the device's completions, its own reader if that is awake.
 func readPiece(r *Request) bool {
 	s := r.stream
 	if r.Batch == nil || r.ns.inline || s.left > uring.MediumBuf || !r.queue.tryReserve(r, holdFor(s.left, readHold)) {
 		return false
 	}
-	if r.ended == nil {
-		r.ended = r.pieceRead
-	}
-	s.then = r.ended
-	r.Batch.Add(s.ns.dev, s.prepare(uring.OpRead, s.ns.arena.Get(int(s.left))))
+	r.byBatch()
+	s.start(uring.OpRead, s.ns.arena.Get(int(s.left)))
 	return true
 }
 
-// pieceRead ends readPiece.
-func (r *Request) pieceRead(err error, by *uring.Batch) {
+// writePiece is readPiece for a Write, whose data comes first.
+func writePiece(r *Request) bool {
+	s, d := r.stream, r.Inline
+	switch {
+	case r.Batch == nil || r.ns.inline || s.left > uring.MediumBuf || r.flushes():
+		return false
+	case len(d) > 0:
+		if !r.Stays || len(d) < int(s.left) || !s.aligned(d) {
+			return false
+		}
+		r.byBatch()
+		s.start(uring.OpWrite, uring.View(d[:s.left]))
+	case !r.queue.tryReserve(r, holdFor(s.left, writeHold)):
+		return false
+	default:
+		r.byBatch()
+		r.receive(uint32(s.left), s, nil)
+	}
+	return true
+}
+
+// byBatch has the reader's batch do the command's one operation, and its end end the command.
+func (r *Request) byBatch() {
+	if r.ended == nil {
+		r.ended = r.pieceEnded
+	}
+	r.stream.then, r.stream.by = r.ended, r.Batch
+}
+
+// pieceEnded ends readPiece and writePiece.
+func (r *Request) pieceEnded(err error, by *uring.Batch) {
 	r.Async = by != r.Batch
 	b := r.stream.take()
+	if r.Cmd.Opcode() == nvmeof.OpWrite {
+		b.Put()
+		r.complete(writeStatus(err), 0)
+		return
+	}
 	if err != nil {
 		b.Put()
 	} else {
@@ -150,7 +181,8 @@ func (r *Request) pieceRead(err error, by *uring.Batch) {
 // write brings the data of Write and Compare.
 func write(r *Request) {
 	s := r.stream
-	if d := r.Inline; r.Stays && len(d) >= int(s.left) && len(d) > 0 && s.op == nvmeof.OpWrite && !r.ns.inline && s.direct(d[:s.left]) {
+	if d := r.Inline; r.Stays && len(d) >= int(s.left) && len(d) > 0 && s.op == nvmeof.OpWrite && !r.ns.inline && s.aligned(d) {
+		s.start(uring.OpWrite, uring.View(d[:s.left]))
 		written(r)
 		return
 	}
@@ -207,14 +239,26 @@ func same(a, b []byte) error {
 // written ends a Write or Compare whose data is there.
 func written(r *Request) {
 	err := r.stream.finish()
-	if err == nil && r.Cmd.Opcode() == nvmeof.OpWrite && r.Cmd.DW(12)&fua != 0 && r.ns.drive == nil {
+	if r.Cmd.Opcode() != nvmeof.OpWrite {
+		r.complete(statusOf(err), 0)
+		return
+	}
+	if err == nil && r.flushes() {
 		err = r.ns.flush()
 	}
+	r.complete(writeStatus(err), 0)
+}
+
+// flushes tells whether a Write ends with a flush of the device.
+func (r *Request) flushes() bool { return r.Cmd.DW(12)&fua != 0 && r.ns.drive == nil }
+
+// writeStatus is statusOf of what a Write met.
+func writeStatus(err error) nvmeof.Status {
 	st := statusOf(err)
-	if st.Code() == nvmeof.UnrecoveredReadError && r.Cmd.Opcode() == nvmeof.OpWrite {
+	if st.Code() == nvmeof.UnrecoveredReadError {
 		st = nvmeof.WriteFault
 	}
-	r.complete(st, 0)
+	return st
 }
 
 func writeZeroes(r *Request) {
@@ -348,7 +392,8 @@ type stream struct {
 	off, left int64 // the part not yet started
 	control   uint16
 	err       error                     // the first
-	then      func(error, *uring.Batch) // ends the operations; nil: they are waited for
+	then      func(error, *uring.Batch) // ends the one operation; nil: they are waited for
+	by        *uring.Batch              // submits it then
 
 	ops        [window]uring.Op
 	bufs       [window]uring.Buf
@@ -365,8 +410,12 @@ func (s *stream) reset(n *namespace, op uint8, off, length int64, dw12 uint32) {
 
 func (s *stream) busy() int { return s.tail - s.head }
 
-// start submits a device operation on the next piece.
+// start submits a device operation on the next piece, or leaves that to by.
 func (s *stream) start(kind uring.OpKind, b uring.Buf) {
+	if s.then != nil {
+		s.by.Add(s.ns.dev, s.prepare(kind, b))
+		return
+	}
 	s.add(kind, b)
 	s.batch.Submit()
 }
@@ -488,13 +537,9 @@ func (s *stream) Filled(n int) {
 	s.start(uring.OpWrite, b)
 }
 
-// direct starts to write b, all of the data, from where it is; false when the device cannot.
-func (s *stream) direct(b []byte) bool {
-	if uintptr(unsafe.Pointer(&b[0]))%uintptr(s.ns.dev.BlockSize()) != 0 {
-		return false
-	}
-	s.start(uring.OpWrite, uring.View(b))
-	return true
+// aligned tells whether the device can take b from where it is.
+func (s *stream) aligned(b []byte) bool {
+	return uintptr(unsafe.Pointer(unsafe.SliceData(b)))%uintptr(s.ns.dev.BlockSize()) == 0
 }
 
 // finish waits for what is in flight and returns the first error.

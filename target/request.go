@@ -36,7 +36,7 @@ type Request struct {
 	Length uint32            // bytes of data that the command's SGL describes
 	Inline []byte            // data that came in the capsule; the transport's memory, valid only during Execute, but for:
 	Stays  bool              // Inline is valid until Conn.Complete
-	Batch  *uring.Batch      // the reader's own, or nil: reads may be added, which it submits when it has no more commands at hand, and reaps
+	Batch  *uring.Batch      // the reader's own, or nil: operations may be added, which it submits when it has no more commands at hand, and reaps
 	Tag    uint16            // index of the request in its queue: for the transport's own use, such as a TTAG
 
 	PullLength uint32 // bytes to bring, valid from Conn.Pull on
@@ -59,7 +59,7 @@ type Request struct {
 	pinned bool // reader is open until the data is out
 	stream *stream
 	ranges *ranges
-	ended  func(error, *uring.Batch) // ends a read of one piece: made once
+	ended  func(error, *uring.Batch) // ends a command of one piece: made once
 }
 
 // sink takes a command's data in order, as kvlayer.Writer does.
@@ -88,7 +88,9 @@ func (r *Request) Received(st nvmeof.Status) {
 		r.complete(st, 0)
 		return
 	}
-	r.proceed(r.step)
+	if r.step != nil {
+		r.proceed(r.step)
+	}
 }
 
 // Aborted tells that the connection ended before all data was there.
@@ -97,7 +99,7 @@ func (r *Request) Aborted() {
 	r.complete(nvmeof.AbortSQDeleted, 0)
 }
 
-// receive brings n bytes of the command's data into s and goes on with then.
+// receive brings n bytes of the command's data into s and goes on with then, or leaves the rest to s: nil.
 func (r *Request) receive(n uint32, s sink, then func(*Request)) {
 	r.sink, r.step, r.PullLength = s, then, n
 	data := r.Inline
@@ -114,7 +116,9 @@ func (r *Request) receive(n uint32, s sink, then func(*Request)) {
 		s.Filled(c)
 		data = data[c:]
 	}
-	then(r)
+	if then != nil {
+		then(r)
+	}
 }
 
 // proceed goes on with step: here and now when the namespace never waits, in a goroutine of its own otherwise.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"net/netip"
+	"runtime/metrics"
 	"sync"
 	"syscall"
 	"testing"
@@ -286,7 +287,8 @@ func TestLateCompletions(t *testing.T) {
 	}
 }
 
-// TestAllocations shows that commands allocate nothing, register nothing and copy nothing, whatever they move.
+// TestAllocations shows that commands allocate nothing, register nothing and copy nothing, whatever they move, and that
+// small ones start no goroutine.
 func TestAllocations(t *testing.T) {
 	if raceEnabled {
 		t.Skip("the race detector allocates")
@@ -320,8 +322,12 @@ func TestAllocations(t *testing.T) {
 		for range 100 { // what is made at the first use
 			h.do(h.io, &cmd, nil)
 		}
+		started := goroutines()
 		if n := testing.AllocsPerRun(200, func() { h.do(h.io, &cmd, nil) }); n != 0 {
 			t.Errorf("%s: %v allocations", c.name, n)
+		}
+		if n := goroutines() - started; c.n == 4096 && n > 20 { // AllocsPerRun has some
+			t.Errorf("%s: %d goroutines started for 200 commands", c.name, n)
 		}
 	}
 	if n := registrations(tr); n != before {
@@ -330,6 +336,13 @@ func TestAllocations(t *testing.T) {
 	if n := tg.Status().Copied; n != copied {
 		t.Errorf("%d payload bytes were copied", n-copied)
 	}
+}
+
+// goroutines is how many have ever been started.
+func goroutines() uint64 {
+	s := []metrics.Sample{{Name: "/sched/goroutines-created:goroutines"}}
+	metrics.Read(s)
+	return s[0].Value.Uint64()
 }
 
 func registrations(t *Transport) (n uint64) {

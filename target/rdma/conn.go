@@ -377,7 +377,7 @@ func (c *conn) execute(a arrival) {
 	from, slot := a.from, a.slot
 	b := from.capsule(slot, a.n)
 	copy(r.Cmd[:], b)
-	r.Batch = &c.lane.reads
+	r.Batch = &c.lane.ops
 	o := c.op(r)
 	length, inline, st := o.sgl.parse(&r.Cmd, b[nvmeof.CommandSize:])
 	r.Length = length

@@ -21,8 +21,8 @@ const (
 	sendDepth = 2 * recvDepth
 
 	// yieldEvery is how long a lane may only ever wait in the kernel: a goroutine that Go's scheduler does not see for 10 ms has
-	// the runtime's monitor look every 20 us for a while. It is twice that while reads are in flight: the goroutine often goes on in
-	// another thread, and the kernel ends a read in the one that began it.
+	// the runtime's monitor look every 20 us for a while. It is twice that while operations are in flight: the goroutine often goes on in
+	// another thread, and the kernel ends an operation in the one that began it.
 	yieldEvery = 4 * time.Millisecond
 
 	// lateTime is how long the end of a send that nobody waits for may go unnoticed.
@@ -57,7 +57,7 @@ type lane struct {
 	posting []*conn     // have a chain in batch
 	chains  []int       // of those
 	ended   []entry     // scratch
-	reads   uring.Batch // that commands begin
+	ops     uring.Batch // that commands begin
 	arms    []rdma.CQ   // scratch
 	files   []int32     // scratch
 	score   int
@@ -316,18 +316,18 @@ func (l *lane) run() {
 	}
 }
 
-// sleep waits for the next completion, of the device or of a drive that this lane reads from, and returns how many of the device it
+// sleep waits for the next completion, of the device or of a drive that this lane works on, and returns how many of the device it
 // took.
 func (l *lane) sleep() int {
 	l.arm()
 	defer l.awake()
 	l.dev.sleeps.Add(1)
 	start := time.Now()
-	if late := start.Sub(l.yielded); late > 2*yieldEvery || late > yieldEvery && !l.reads.Busy() {
+	if late := start.Sub(l.yielded); late > 2*yieldEvery || late > yieldEvery && !l.ops.Busy() {
 		l.yielded = start
 		runtime.Gosched()
 	}
-	n, err := l.ch.Wait(l.arms, l.reads.Hold(l.files[:0]), l.wc[:])
+	n, err := l.ch.Wait(l.arms, l.ops.Hold(l.files[:0]), l.wc[:])
 	if err != nil {
 		l.dev.lost("waiting for completions failed: " + err.Error())
 		time.Sleep(time.Millisecond)
@@ -408,8 +408,8 @@ func (l *lane) take(n int) {
 	for i := range l.wc[:n] {
 		l.handle(&l.wc[i])
 	}
-	l.reads.Submit()
-	l.reads.Reap()
+	l.ops.Submit()
+	l.ops.Reap()
 }
 
 // gather adds the chains of queue pairs that have something to post.
