@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/pawelgaczynski/giouring"
@@ -14,7 +15,7 @@ import (
 )
 
 const (
-	maxRetries = 100 // EAGAIN, EINTR and transfers that moved nothing
+	maxRetries = 100 // passing errors, and transfers that moved nothing
 	retryDelay = time.Millisecond
 	maxRounds  = 8 // calls of io_uring_enter one Submit makes, at most, for itself and others
 
@@ -119,6 +120,11 @@ const (
 	apart                 // do its ops again, each alone
 	given                 // its one op runs elsewhere
 )
+
+// again tells of an errno that passes. ECANCELED, where nobody cancels, says that the kernel could not start a worker for a command
+// that needs one: the thread that submitted it had a signal pending, as Go's scheduler sends them to threads that it believes to run
+// Go code, three times in a row (io_workqueue_create in io_uring/io-wq.c).
+func again(e syscall.Errno) bool { return e == unix.EAGAIN || e == unix.ECANCELED }
 
 // pause is how long wait waits.
 const pause = 100 * time.Millisecond

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -334,7 +335,7 @@ func TestNoSpace(t *testing.T) {
 
 // TestAdvance plays results the kernel seldom gives.
 func TestAdvance(t *testing.T) {
-	const eintr, eagain = -int32(unix.EINTR), -int32(unix.EAGAIN)
+	const eintr, eagain, canceled = -int32(unix.EINTR), -int32(unix.EAGAIN), -int32(unix.ECANCELED)
 	for _, c := range []struct {
 		name    string
 		kind    OpKind
@@ -345,6 +346,7 @@ func TestAdvance(t *testing.T) {
 		{"in pieces", OpWrite, []int32{4096, 512, 3584}, nil},
 		{"half a block too much", OpRead, []int32{4096 + 100, 4096}, nil},
 		{"interrupted", OpRead, []int32{eintr, 4096, eagain, eintr, 4096}, nil},
+		{"no worker at first", OpFlush, []int32{canceled, canceled, 0}, nil},
 		{"nothing moves at first", OpWrite, []int32{0, 100, 8192}, nil},
 		{"fails half way", OpWrite, []int32{4096, -int32(unix.EIO)}, ErrMedia},
 		{"no space", OpWrite, []int32{-int32(unix.ENOSPC)}, ErrNoSpace},
@@ -370,7 +372,7 @@ func TestAdvance(t *testing.T) {
 			}
 		})
 	}
-	for _, res := range []int32{0, eagain} { // a device that never moves ends in an error
+	for _, res := range []int32{0, eagain, canceled} { // a device that never moves ends in an error
 		d := &file{engine: engine{path: "it", align: 512}}
 		s := &slot{op: &Op{Data: make([]byte, 512)}, n: 512}
 		tries := 0
@@ -379,6 +381,45 @@ func TestAdvance(t *testing.T) {
 		if s.err == nil || tries != maxRetries {
 			t.Errorf("%d forever: %v after %d tries", res, s.err, tries)
 		}
+	}
+}
+
+// TestSignals: signals, as Go's scheduler sends them to threads that run, keep the kernel from starting a worker for what it does not
+// do at once: no op fails by that.
+func TestSignals(t *testing.T) {
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			threads, _ := os.ReadDir("/proc/self/task")
+			for range 100 {
+				for _, thread := range threads {
+					id, _ := strconv.Atoi(thread.Name())
+					_ = unix.Tgkill(os.Getpid(), id, unix.SIGURG) // a thread that has gone is none
+				}
+			}
+			select {
+			case <-stop:
+				return
+			default:
+			}
+		}
+	})
+	defer wg.Wait()
+	defer close(stop)
+	path := filepath.Join(t.TempDir(), "file")
+	for range 1000 { // the first op of a ring wants a new worker
+		d, err := OpenFile(path, FileOptions{Size: 1 << 20})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, k := range []OpKind{OpFlush, OpZero, OpDiscard} {
+			o := Op{Kind: k, Len: 4096}
+			if err := o.Do(d); err != nil {
+				t.Errorf("%v: %v", k, err)
+			}
+		}
+		d.Close()
 	}
 }
 

@@ -269,6 +269,7 @@ func TestPassthroughResults(t *testing.T) {
 	}{
 		{"well", []int32{0}, nil, nil},
 		{"crowded", []int32{again, again, 0}, nil, nil},
+		{"no worker", []int32{-int32(unix.ECANCELED), 0}, nil, nil},
 		{"reset", []int32{reset, path, 0}, nil, nil},
 		{"not ready", []int32{int32(nvmeof.NamespaceNotReady), 0}, nil, nil},
 		{"never ready", []int32{int32(nvmeof.NamespaceNotReady | nvmeof.DNR)}, nvmeof.NamespaceNotReady, ErrMedia},
