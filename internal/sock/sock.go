@@ -136,8 +136,14 @@ func (c *Conn) Write(v []unix.Iovec, wait bool) (left []unix.Iovec, err error) {
 
 func (c *Conn) tryWrite(fd uintptr) bool {
 	for len(c.wvec) > 0 {
+		first := c.wvec[0]
 		msg := unix.Msghdr{Iov: &c.wvec[0]}
 		msg.SetIovlen(burst(c.wvec))
+		if first.Len > chunk { // a part of it: the socket may empty as fast as it fills
+			first.SetLen(chunk)
+			msg.Iov = &first
+			msg.SetIovlen(1)
+		}
 		n, _, e := syscall.RawSyscall(unix.SYS_SENDMSG, fd, uintptr(unsafe.Pointer(&msg)), unix.MSG_NOSIGNAL)
 		switch e {
 		case 0:

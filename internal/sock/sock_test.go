@@ -110,6 +110,8 @@ func TestWrite(t *testing.T) {
 		b := bytes.Repeat([]byte{byte(i)}, 1+i*7919%20_000)
 		want, v = append(want, b...), append(v, Vec(b))
 	}
+	large := bytes.Repeat([]byte("large"), chunk)
+	want, v = append(want, large...), append(v, Vec(large))
 	left, err := s.Write(v, false)
 	if err != nil || len(left) == 0 || len(left) == len(v) {
 		t.Fatalf("%d of %d pieces are left, %v: nobody reads", len(left), len(v), err)
