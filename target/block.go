@@ -134,16 +134,15 @@ func readPiece(r *Request) bool {
 
 // writePiece is readPiece for a Write, whose data comes first.
 func writePiece(r *Request) bool {
-	s, d := r.stream, r.Inline
+	s, d := r.stream, r.inPlace()
 	switch {
 	case r.Batch == nil || r.ns.inline || s.left > uring.MediumBuf || r.flushes():
 		return false
-	case len(d) > 0:
-		if !r.Stays || len(d) < int(s.left) || !s.aligned(d) {
-			return false
-		}
+	case d != nil:
 		r.byBatch()
-		s.start(uring.OpWrite, uring.View(d[:s.left]))
+		s.start(uring.OpWrite, uring.View(d))
+	case len(r.Inline) > 0:
+		return false
 	case !r.queue.tryReserve(r, holdFor(s.left, writeHold)):
 		return false
 	default:
@@ -151,6 +150,16 @@ func writePiece(r *Request) bool {
 		r.receive(uint32(s.left), s, nil)
 	}
 	return true
+}
+
+// inPlace returns the data of a Write that came in the capsule, if the device can take it from there.
+func (r *Request) inPlace() []byte {
+	s, d := r.stream, r.Inline
+	if !r.Stays || len(d) < int(s.left) || len(d) == 0 || s.op != nvmeof.OpWrite || r.ns.inline ||
+		uintptr(unsafe.Pointer(&d[0]))%uintptr(r.ns.dev.BlockSize()) != 0 {
+		return nil
+	}
+	return d[:s.left]
 }
 
 // byBatch has the reader's batch do the command's one operation, and its end end the command.
@@ -181,8 +190,8 @@ func (r *Request) pieceEnded(err error, by *uring.Batch) {
 // write brings the data of Write and Compare.
 func write(r *Request) {
 	s := r.stream
-	if d := r.Inline; r.Stays && len(d) >= int(s.left) && len(d) > 0 && s.op == nvmeof.OpWrite && !r.ns.inline && s.aligned(d) {
-		s.start(uring.OpWrite, uring.View(d[:s.left]))
+	if d := r.inPlace(); d != nil {
+		s.start(uring.OpWrite, uring.View(d))
 		written(r)
 		return
 	}
@@ -535,11 +544,6 @@ func (s *stream) Filled(n int) {
 		return
 	}
 	s.start(uring.OpWrite, b)
-}
-
-// aligned tells whether the device can take b from where it is.
-func (s *stream) aligned(b []byte) bool {
-	return uintptr(unsafe.Pointer(unsafe.SliceData(b)))%uintptr(s.ns.dev.BlockSize()) == 0
 }
 
 // finish waits for what is in flight and returns the first error.

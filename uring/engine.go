@@ -121,10 +121,10 @@ const (
 	given                 // its one op runs elsewhere
 )
 
-// again tells of an errno that passes. ECANCELED, where nobody cancels, says that the kernel could not start a worker for a command
+// transient tells of an errno that passes. ECANCELED, where nobody cancels, says that the kernel could not start a worker for a command
 // that needs one: the thread that submitted it had a signal pending, as Go's scheduler sends them to threads that it believes to run
 // Go code, three times in a row (io_workqueue_create in io_uring/io-wq.c).
-func again(e syscall.Errno) bool { return e == unix.EAGAIN || e == unix.ECANCELED }
+func transient(e syscall.Errno) bool { return e == unix.EAGAIN || e == unix.ECANCELED }
 
 // pause is how long wait waits.
 const pause = 100 * time.Millisecond

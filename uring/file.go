@@ -216,7 +216,7 @@ func (d *file) advance(s *slot, res int32) verdict {
 	switch {
 	case errno == 0:
 		return ended
-	case (again(errno) || errno == unix.EINTR) && s.retry < maxRetries:
+	case (transient(errno) || errno == unix.EINTR) && s.retry < maxRetries:
 		s.retry++
 		return repeat
 	case o.Kind == OpZero && !o.manual && unsupported(errno):

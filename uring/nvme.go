@@ -421,7 +421,7 @@ func (d *NVMe) advance(s *slot, res int32) verdict {
 	case errno == unix.EINVAL && s.fixed:
 		s.plain = true
 		return repeat
-	case again(errno) && s.retry < maxRetries:
+	case transient(errno) && s.retry < maxRetries:
 		s.retry++
 		return repeat
 	case errno == unix.EINTR && s.retry < patience, // by a reset of the controller
